@@ -1,0 +1,158 @@
+// Every PTX instruction and warp intrinsic that the kernels use, under a plain name: the only file with inline asm.
+//
+// What depends on the architecture is decided here and nowhere else. FP8 conversion exists in hardware from sm_89 on;
+// FP8_SOFTWARE (a line of the specialisation) forces the integer path, so that it can be tested on any device.
+#pragma once
+#include "base/types.cuh"
+
+#if __CUDA_ARCH__ >= 890 && !defined(FP8_SOFTWARE)
+#define FP8_HARDWARE 1
+#else
+#define FP8_HARDWARE 0
+#endif
+
+namespace ptx {
+
+// ---------------------------------------------------------------------------------------------- global memory
+// A cache is read once: it must not push anything out of L1. Prefetching 128 bytes into L2 is worth 1.5 % on an H100.
+template <int BYTES>
+DEVICE void load_once(u32* dst, const u8* src) {
+    static_assert(BYTES == 16 || BYTES == 8 || BYTES == 4 || BYTES == 2, "one load instruction");
+    if constexpr (BYTES == 16) {
+        asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(dst[0]), "=r"(dst[1]), "=r"(dst[2]), "=r"(dst[3])
+                     : "l"(src));
+    } else if constexpr (BYTES == 8) {
+        asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(dst[0]), "=r"(dst[1])
+                     : "l"(src));
+    } else if constexpr (BYTES == 4) {
+        asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(dst[0]) : "l"(src));
+    } else {
+        u16 half;
+        asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u16 %0, [%1];" : "=h"(half) : "l"(src));
+        dst[0] = half;
+    }
+}
+
+DEVICE uint2 load_8(const void* src) {
+    uint2 v;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(src));
+    return v;
+}
+
+// ---------------------------------------------------------------------------------------------- tensor cores
+// c[16 x 8] += a[16 x 16] * b[16 x 8], accumulated in fp32.
+DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Transposes an 8 x 8 matrix of 16-bit elements that is spread over the warp, two elements of a row a lane.
+DEVICE u32 transpose_8x8(u32 pair) {
+    u32 out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+
+// ---------------------------------------------------------------------------------------------- bytes and floats
+// Four bytes out of the eight of (a, b), chosen by the four nibbles of `selector`.
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    u32 out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+    return out;
+}
+
+DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
+
+DEVICE float exp2(float x) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+DEVICE float log2(float x) {
+    float out;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+
+DEVICE u32 pack_f16(float lo, float hi) {
+    u32 out;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
+    return out;
+}
+
+DEVICE u32 pack_bf16(float lo, float hi) {
+    u32 out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
+    return out;
+}
+
+DEVICE float f16_float(u32 low_half) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(static_cast<u16>(low_half)));
+    return out;
+}
+
+// ---------------------------------------------------------------------------------------------- FP8 in hardware
+#if FP8_HARDWARE
+DEVICE u32 f16x2_from_e4m3x2(u16 codes) {
+    u32 out;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(codes));
+    return out;
+}
+
+// Saturates to the largest finite value; NaN becomes 0x7F.
+DEVICE u32 e4m3x2_from_floats(float lo, float hi) {
+    u16 out;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(hi), "f"(lo));
+    return out;
+}
+
+DEVICE u32 e5m2x2_from_floats(float lo, float hi) {
+    u16 out;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(out) : "f"(hi), "f"(lo));
+    return out;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------- between threads
+DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE void sync_threads() { __syncthreads(); }
+
+DEVICE void atomic_max(u32* address, u32 value) { atomicMax(address, value); }
+
+// Programmatic dependent launch (sm_90 and later): a kernel launched with that attribute starts while the one before it
+// still runs, and waits here until that one's writes are visible. Without the attribute both do nothing.
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace ptx

@@ -1,0 +1,49 @@
+// How the lanes of a warp share one row of a cache, so that a row is read with the widest loads there are.
+//
+// LANES lanes read a row of ROW_BYTES together, ROW_BYTES / LANES each: as many 16-byte loads as fit, then at most one
+// each of 8, 4 and 2 bytes. Within one load neighbouring lanes touch neighbouring bytes, so a lane's share is not
+// contiguous in the row; `offset` says where each of its bytes lies. Attention does not care about the order of the
+// head dimension as long as Q (or the output) uses the same one.
+#pragma once
+#include "base/ptx.cuh"
+
+template <int ROW_BYTES, int LANES>
+struct RowSlice {
+    static_assert(ROW_BYTES % (2 * LANES) == 0, "head_dim must be a multiple of 16");
+    static constexpr int kBytes = ROW_BYTES / LANES;
+    static constexpr int kWords = (kBytes + 3) / 4;
+
+    // Width of the load that begins at byte `start` of the share.
+    static DEVICE constexpr int load_width(int start) {
+        int width = 16;
+        while (width > kBytes - start) width /= 2;
+        return width;
+    }
+
+    // First byte of the load that byte `at` of the share comes with.
+    static DEVICE constexpr int load_start(int at) {
+        int start = 0;
+        while (start + load_width(start) <= at) start += load_width(start);
+        return start;
+    }
+
+    // Byte of the row where byte `at` of lane `lane`'s share lies.
+    static DEVICE constexpr int offset(int at, int lane) {
+        const int start = load_start(at);
+        return LANES * start + lane * load_width(start) + (at - start);
+    }
+
+    static DEVICE void load(u32 (&words)[kWords], const u8* row, int lane) {
+        load_from<0>(words, row, lane);
+    }
+
+  private:
+    template <int START>
+    static DEVICE void load_from(u32 (&words)[kWords], const u8* row, int lane) {
+        if constexpr (START < kBytes) {
+            constexpr int width = load_width(START);
+            ptx::load_once<width>(&words[START / 4], row + LANES * START + lane * width);
+            load_from<START + width>(words, row, lane);
+        }
+    }
+};

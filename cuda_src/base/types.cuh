@@ -1,0 +1,34 @@
+// Integer names and the function qualifier of everything that is not an entry point. NVRTC has no <cstdint>.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+#define DEVICE __device__ __forceinline__
+
+// How a warp looks at the fragments of mma.m16n8k16: lane = 4 * group + thread (PTX ISA, "Matrix fragments").
+struct Lane {
+    int group;   // 0..7: a row of A and C, a column of B
+    int thread;  // 0..3: a pair of columns of A and C, a pair of rows of B
+    int warp;
+
+    static DEVICE Lane self() {
+        const int lane = threadIdx.x % 32;
+        return {lane / 4, lane % 4, static_cast<int>(threadIdx.x / 32)};
+    }
+};
+
+template <class T>
+DEVICE constexpr T min_of(T a, T b) {
+    return a < b ? a : b;
+}
+
+template <class T>
+DEVICE constexpr T max_of(T a, T b) {
+    return a > b ? a : b;
+}
+
+DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

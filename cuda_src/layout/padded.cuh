@@ -1,0 +1,27 @@
+// Padded caches: request b owns rows [0, kv_lens[b]) of the block [b, :, :, :].
+#pragma once
+#include "base/types.cuh"
+#include "params.cuh"
+
+// Where the rows of one request and head lie.
+struct StridedRows {
+    const u8* first;
+    i64 stride;
+
+    DEVICE const u8* row(int index) const { return first + index * stride; }
+};
+
+struct PaddedLayout {
+    // A length on the device cannot be checked before the launch: what lies outside the cache is cut off here.
+    static DEVICE int kv_len(const DecodeParams& p, int request) {
+        return p.kv_lens ? max_of(0, min_of(p.kv_lens[request], p.kv_len)) : p.kv_len;
+    }
+
+    static DEVICE StridedRows k_rows(const DecodeParams& p, int request, int head) {
+        return {p.k + request * p.k_stride_request + head * p.k_stride_head, p.k_stride_row};
+    }
+
+    static DEVICE StridedRows v_rows(const DecodeParams& p, int request, int head) {
+        return {p.v + request * p.v_stride_request + head * p.v_stride_head, p.v_stride_row};
+    }
+};

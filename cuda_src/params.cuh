@@ -1,0 +1,82 @@
+// The argument block of each kernel. The Python side reads this file and derives its packing from it (jit/params.py), so
+// a field is declared once. One field a line; pointers and 64-bit fields first, so that no padding hides in the middle.
+//
+// B requests, L rows, Hq query heads, Hkv cache heads, D head_dim. Strides are in bytes.
+#pragma once
+#include "base/types.cuh"
+
+struct DecodeParams {
+    // What changes from call to call comes first: it is written by one pack.
+    const u8* q;             // [B, Hq, D]
+    const u8* k;             // [B, L, Hkv, D]
+    const u8* v;             // [B, L, Hkv, D]
+    u8* out;                 // [B, Hq, D], the type of q
+    float* lse;              // [B, Hq], or null
+    const int* kv_lens;      // [B], or null: every request has kv_len rows
+    const float* q_scale;    // [1], or null
+    const float* k_scale;    // [1] or [Hkv], or null
+    const float* v_scale;    // [1] or [Hkv], or null
+    float* partial_out;      // [B, Hq, splits, D], or null when splits == 1
+    float* partial_state;    // [B, Hq, splits, 2]: maximum and denominator
+    float logit_scale;       // sm_scale and every scale the host knows
+    float out_scale;         // v_scale, if the host knows it
+    float soft_cap;          // used by specialisations with kSoftCap
+    float lse_unit;          // 1 for base 2, ln 2 for base e
+    int window_left;         // negative: no window
+    int kv_len;              // L
+    int k_scale_stride;      // 1: one scale a head, 0: one for all
+    int v_scale_stride;
+    // What a plan fixes.
+    i64 q_stride_request;
+    i64 q_stride_head;
+    i64 k_stride_request;
+    i64 k_stride_row;
+    i64 k_stride_head;
+    i64 v_stride_request;
+    i64 v_stride_row;
+    i64 v_stride_head;
+    i64 out_stride_request;
+    i64 out_stride_head;
+    int num_kv_heads;
+    int group_size;          // Hq / Hkv
+    int column_blocks;       // CTAs that share the query heads of one cache head
+    int splits;              // CTAs that share the rows of one request
+    u32 column_blocks_multiplier;  // for divisions by the three: schedule/uniform.cuh
+    u32 num_kv_heads_multiplier;
+    u32 splits_multiplier;
+    int column_blocks_shift;
+    int num_kv_heads_shift;
+    int splits_shift;
+};
+
+struct MergeParams {
+    const float* partial_out;    // [B, Hq, splits, D]
+    const float* partial_state;  // [B, Hq, splits, 2]
+    u8* out;                     // [B, Hq, D]
+    float* lse;                  // [B, Hq], or null
+    float lse_unit;
+    int splits;
+    int num_qo_heads;
+    int head_dim;
+    i64 out_stride_request;
+    i64 out_stride_head;
+};
+
+// Rows of D elements on three axes; what has fewer axes has size 1 there.
+struct QuantizeParams {
+    const u8* values;        // [n0, n1, n2, D]: floats, or codes for dequantize
+    u8* out;                 // [n0, n1, n2, D], contiguous: codes, or floats for dequantize
+    float* scales;           // one for each (i0, i1, i2) by the scale strides, or null; amax writes it
+    float scale;             // the scale of all, where `scales` is null
+    i64 stride0;             // of `values`
+    i64 stride1;
+    i64 stride2;
+    i64 rows;                // n0 * n1 * n2
+    int n1;
+    int n2;
+    int scale_stride0;       // in elements of `scales`
+    int scale_stride1;
+    int scale_stride2;
+    int head_dim;
+    int scale_count;
+};

@@ -1,0 +1,31 @@
+"""Attention over FP8 KV caches: CUDA kernels compiled at run time through CuPy, and a NumPy backend that defines them.
+
+Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; kernels are compiled at first use.
+"""
+
+from .decode import (
+    Explanation,
+    batch_decode_with_padded_kv_cache,
+    batch_decode_with_padded_kv_cache_return_lse,
+    explain,
+    single_decode_with_kv_cache,
+    warmup,
+)
+from .formats import KV_FORMATS, KVFormat
+from .quantize import dequantize, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KV_FORMATS",
+    "Explanation",
+    "KVFormat",
+    "__version__",
+    "batch_decode_with_padded_kv_cache",
+    "batch_decode_with_padded_kv_cache_return_lse",
+    "dequantize",
+    "explain",
+    "quantize",
+    "single_decode_with_kv_cache",
+    "warmup",
+]

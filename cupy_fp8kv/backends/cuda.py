@@ -1,0 +1,204 @@
+"""Problems to launches: what the public operations call when the data are on a CUDA device."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ..arrays import Library
+from ..jit import compiler
+from ..jit.device import device_info, on_device, require_cupy
+from ..jit.params import ParamBlock
+from ..jit.spec import MergeSpec, QuantizeSpec
+from ..plan import Plan, plan_decode
+from ..problem import DecodeProblem
+
+#: Fields of DecodeParams and MergeParams that change from call to call.
+_DECODE_LEADING = 19
+_MERGE_LEADING = 5
+#: Fields of QuantizeParams likewise.
+_QUANTIZE_LEADING = 4
+
+
+def _launcher() -> Any:
+    require_cupy()
+    return importlib.import_module("cupy_backends.cuda.api.driver").launchKernel
+
+
+def _divisors(**divisors: int) -> dict[str, int]:
+    """The fields that stand for each divisor: itself, and the multiplier and shift of ``UniformSchedule::divide``."""
+    fields = {}
+    for name, divisor in divisors.items():
+        shift = (divisor - 1).bit_length()
+        multiplier = (2**32 * (2**shift - divisor)) // divisor + 1
+        fields |= {name: divisor, f"{name}_multiplier": multiplier, f"{name}_shift": shift}
+    return fields
+
+
+class PreparedDecode:
+    """A decode problem planned, compiled and packed for one device: a call only fills in addresses and numbers."""
+
+    def __init__(self, problem: DecodeProblem, device: int, out_strides: tuple[int, int]):
+        self.problem = problem
+        self.device = device
+        self.plan: Plan = plan_decode(problem, device_info(device))
+        plan = self.plan
+        self._launch_kernel = _launcher()
+        self._runtime = require_cupy().cuda.runtime
+        self._kernel = compiler.load(plan.spec, device)
+        self._params = ParamBlock(
+            "DecodeParams", _DECODE_LEADING,
+            q_stride_request=problem.q_strides[0], q_stride_head=problem.q_strides[1],
+            k_stride_request=problem.k_strides[0], k_stride_row=problem.k_strides[1],
+            k_stride_head=problem.k_strides[2],
+            v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
+            v_stride_head=problem.v_strides[2],
+            out_stride_request=out_strides[0], out_stride_head=out_strides[1],
+            group_size=problem.group_size, **_divisors(
+                num_kv_heads=problem.num_kv_heads, column_blocks=plan.column_blocks, splits=plan.splits
+            ),
+        )  # fmt: skip
+        if plan.splits > 1:
+            self._merge = compiler.load(MergeSpec(problem.q_format), device)
+            self._merge_grid = problem.batch * problem.num_qo_heads
+            self._merge_params = ParamBlock(
+                "MergeParams", _MERGE_LEADING,
+                splits=plan.splits, num_qo_heads=problem.num_qo_heads, head_dim=problem.head_dim,
+                out_stride_request=out_strides[0], out_stride_head=out_strides[1],
+            )  # fmt: skip
+
+    def run(
+        self,
+        library: Library,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        kv_lens: int,
+        q_scale: int,
+        k_scale: int,
+        v_scale: int,
+        k_scale_stride: int,
+        v_scale_stride: int,
+        logit_scale: float,
+        out_scale: float,
+        soft_cap: float,
+        lse_unit: float,
+        window_left: int,
+    ) -> None:
+        """Launch on the caller's current stream. Everything but the numbers is a device address, 0 for none."""
+        if self._runtime.getDevice() != self.device:
+            with on_device(self._runtime, self.device):
+                return self.run(
+                    library, q, k, v, out, lse, kv_lens, q_scale, k_scale, v_scale, k_scale_stride, v_scale_stride,
+                    logit_scale, out_scale, soft_cap, lse_unit, window_left,
+                )  # fmt: skip
+        plan, kernel, params, launch = self.plan, self._kernel, self._params, self._launch_kernel
+        if plan.grid == 0:
+            return None
+        stream = library.stream(self.device)
+        partial_out = partial_state = 0
+        if plan.splits > 1:
+            # Freed when this returns, in the order of the stream: the allocator hands it to later work only.
+            workspace, partial_out = library.workspace(plan.workspace, self.device)
+            partial_state = partial_out + plan.workspace_out
+        with params.lock:
+            params.write(
+                q, k, v, out, lse, kv_lens, q_scale, k_scale, v_scale, partial_out, partial_state,
+                logit_scale, out_scale, soft_cap, lse_unit, window_left, self.problem.kv_len,
+                k_scale_stride, v_scale_stride,
+            )  # fmt: skip
+            launch(kernel.handle, plan.grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream, params.address, 0)
+        if plan.splits > 1:
+            merge, params = self._merge, self._merge_params
+            with params.lock:
+                params.write(partial_out, partial_state, out, lse, lse_unit)
+                launch(merge.handle, self._merge_grid, 1, 1, merge.threads, 1, 1, 0, stream, params.address, 0)
+            del workspace
+        return None
+
+
+class RowAxes:
+    """An array ``[..., D]`` as rows on three axes, the way ``quantize.cu`` sees it."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]):
+        self.lead = lead = len(shape) - 1
+        self.shape = (1,) * (3 - lead) + tuple(shape[:-1])
+        self.strides = (0,) * (3 - lead) + tuple(strides[:-1])
+        self.head_dim = shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    def scale_strides(self, scale_shape: tuple[int, ...], head_axis: int) -> tuple[int, int, int]:
+        """Strides, in elements, of a contiguous scale: ``(1,)``, ``(H,)`` for ``head_axis``, or one for every row."""
+        if scale_shape == (1,):
+            return 0, 0, 0
+        if len(scale_shape) == 1:
+            at = head_axis + 3 - self.lead
+            return int(at == 0), int(at == 1), int(at == 2)
+        return self.shape[1] * self.shape[2], self.shape[2], 1
+
+
+class Quantizer:
+    """Launches the kernels of ``quantize.cu`` for one pair of types on one device."""
+
+    def __init__(self, values: str, codes: str, device: int, software_fp8: bool = False):
+        self._types = (values, codes)
+        self._device = device
+        self._software = software_fp8
+        self._launch_kernel = _launcher()
+        self._runtime = require_cupy().cuda.runtime
+
+    def _launch(self, entry: str, grid: int, stream: int, params: ParamBlock) -> None:
+        kernel = compiler.load(QuantizeSpec(entry, *self._types, software_fp8=self._software), self._device)
+        self._launch_kernel(kernel.handle, grid, 1, 1, kernel.threads, 1, 1, 0, stream, params.address, 0)
+
+    def _params(self, axes: RowAxes, scale_strides: tuple[int, int, int], scale_count: int) -> ParamBlock:
+        return ParamBlock(
+            "QuantizeParams", _QUANTIZE_LEADING,
+            stride0=axes.strides[0], stride1=axes.strides[1], stride2=axes.strides[2], rows=axes.rows,
+            n1=axes.shape[1], n2=axes.shape[2], scale_stride0=scale_strides[0], scale_stride1=scale_strides[1],
+            scale_stride2=scale_strides[2], head_dim=axes.head_dim, scale_count=scale_count,
+        )  # fmt: skip
+
+    def _grid(self, threads: int, multiple: int = 1) -> int:
+        """Enough CTAs of 256 threads, at most some waves of them, and a multiple of ``multiple``."""
+        most = 16 * device_info(self._device).sm_count
+        grid = max(1, min(-(-threads // 256), most))
+        return -(-grid // multiple) * multiple
+
+    def amax(
+        self, axes: RowAxes, values: int, scales: int, strides: tuple[int, int, int], count: int, stream: int
+    ) -> None:
+        """Write the scales of all ``count`` slots that ``strides`` name."""
+        with on_device(self._runtime, self._device):
+            params = self._params(axes, strides, count)
+            params.write(values, 0, scales, 0.0)
+            self._runtime.memsetAsync(scales, 0, 4 * count, stream)
+            if axes.rows:
+                # A warp that stays with one head needs one atomic: all warps together step over whole sets of heads.
+                self._launch("amax", self._grid(32 * axes.rows, count if 1 < count <= 256 else 1), stream, params)
+            if count != axes.rows:
+                self._launch("scales", -(-count // 256), stream, params)
+
+    def convert(
+        self,
+        entry: str,
+        axes: RowAxes,
+        values: int,
+        out: int,
+        scales: int,
+        scale: float,
+        strides: tuple[int, int, int],
+        stream: int,
+    ) -> None:
+        """``"quantize"`` values to codes, or ``"dequantize"`` codes to values; by ``scale`` if ``scales`` is 0."""
+        if axes.rows == 0:
+            return
+        with on_device(self._runtime, self._device):
+            params = self._params(axes, strides, 0)
+            params.write(values, out, scales, scale)
+            self._launch(entry, self._grid(axes.rows * (axes.head_dim // 4)), stream, params)

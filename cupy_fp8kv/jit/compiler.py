@@ -1,0 +1,144 @@
+"""Compilation: a specialisation in, a function on a device out, through CuPy RawModules and NVRTC.
+
+Kernels are compiled when first used, one at a time, and kept on disk by CuPy under the whole inlined source as the key.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from .device import device_info, on_device, require_cupy
+from .spec import Spec
+
+OPTIONS = ("-std=c++17",)
+#: Architectures that kernels are compiled for in CI. Any other from sm_80 on may work.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+#: Below this, a kernel may use shared memory without asking for it.
+_FREE_SHARED_BYTES = 48 * 1024
+#: A compilation that takes longer says what is going on.
+_SILENT_SECONDS = 1.0
+
+_lock = threading.RLock()
+_modules: dict[str, Any] = {}
+_kernels: dict[tuple[Spec, int], Kernel] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A function loaded on a device, with what a launch needs."""
+
+    spec: Spec
+    device: int
+    handle: int
+    threads: int
+    shared_bytes: int
+    owner: Any  # keeps the module loaded
+
+
+def load(spec: Spec, device: int) -> Kernel:
+    """The kernel of ``spec`` on CUDA device ``device``; compiles it if no cache has it.
+
+    RuntimeError with NVRTC's log and the specialisation if the compilation fails.
+    """
+    kernel = _kernels.get((spec, device))
+    if kernel is None:
+        with _lock:
+            kernel = _kernels.get((spec, device))
+            if kernel is None:
+                kernel = _kernels[spec, device] = _load(spec, device)
+    return kernel
+
+
+def _load(spec: Spec, device: int) -> Kernel:
+    cupy = require_cupy()
+    arch = device_info(device).arch
+    source = spec.source()
+    module = _modules.get(source)
+    if module is None:
+        module = _modules[source] = cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc")
+    with on_device(cupy.cuda.runtime, device), _Progress(spec, arch):
+        try:
+            raw = module.get_function(spec.entry)
+            handle = raw.kernel.ptr
+        except cupy.cuda.compiler.CompileException as error:
+            raise RuntimeError(f"NVRTC cannot compile {spec} for sm_{arch}:\n{error.get_message()}") from error
+        if spec.shared_bytes > _FREE_SHARED_BYTES:
+            raw.max_dynamic_shared_size_bytes = spec.shared_bytes
+    return Kernel(spec, device, handle, spec.threads, spec.shared_bytes, raw)
+
+
+class _Progress:
+    """Says on stderr that a kernel is being compiled once that has taken longer than a second."""
+
+    def __init__(self, spec: Spec, arch: int):
+        self._timer = threading.Timer(_SILENT_SECONDS, self._say, (spec, arch))
+        self._timer.daemon = True
+
+    @staticmethod
+    def _say(spec: Spec, arch: int) -> None:
+        print(f"cupy_fp8kv: compiling {spec} for sm_{arch}; kept on disk for the next time", file=sys.stderr)
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._timer.cancel()
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What NVRTC and ptxas say of one specialisation on one architecture. ``error`` is empty if it compiled."""
+
+    spec: Spec
+    arch: int
+    seconds: float
+    registers: int = 0
+    spill_bytes: int = 0
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    cubin: bytes = b""
+    error: str = ""
+
+
+def compile_offline(spec: Spec, arch: int) -> CompileReport:
+    """Compile ``spec`` for sm_``arch`` with NVRTC alone: no GPU and no driver needed, nothing is cached."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(spec.source(), "specialisation.cu", [], [])
+    started = time.perf_counter()
+    try:
+        options = [*OPTIONS, "-ftz=true", f"-arch=sm_{arch}", "--ptxas-options=-v"]
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError:
+        seconds = time.perf_counter() - started
+        return CompileReport(spec, arch, seconds, error=nvrtc.getProgramLog(program))
+    else:
+        seconds = time.perf_counter() - started
+        log = _of_entry(nvrtc.getProgramLog(program), spec.entry)
+        static = _number(r"(\d+) bytes smem", log)
+        return CompileReport(
+            spec, arch, seconds,
+            registers=_number(r"Used (\d+) registers", log),
+            spill_bytes=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
+            stack_bytes=_number(r"(\d+) bytes stack frame", log),
+            shared_bytes=static + spec.shared_bytes,
+            cubin=nvrtc.getCUBIN(program),
+        )  # fmt: skip
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _of_entry(log: str, entry: str) -> str:
+    """The part of ptxas's report that is about one entry point."""
+    parts = re.split(r"Compiling entry function '(\w+)'", log)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(entry, log)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0

@@ -1,0 +1,74 @@
+"""Devices, as far as compiling and planning need them. The only place that asks CuPy what there is."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+from ..plan import DeviceInfo
+
+
+@functools.cache
+def cupy_problem() -> str | None:
+    """Why CuPy cannot run a kernel here, or None if it can."""
+    if importlib.util.find_spec("cupy") is None:
+        return 'CuPy is not installed: pip install "cupy_fp8kv[cuda12]" (or cuda13)'
+    try:
+        cupy = importlib.import_module("cupy")
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"CuPy cannot be imported: {type(error).__name__}: {error}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device: {error}"
+    return None if count else "no CUDA device"
+
+
+def has_gpu() -> bool:
+    return cupy_problem() is None
+
+
+def require_cupy() -> Any:
+    """CuPy, on a machine where it can run kernels; RuntimeError that says what is missing otherwise."""
+    problem = cupy_problem()
+    if problem:
+        raise RuntimeError(f"the CUDA backend cannot run: {problem}")
+    return importlib.import_module("cupy")
+
+
+@functools.cache
+def device_info(index: int) -> DeviceInfo:
+    """What the planner needs to know of CUDA device ``index``. RuntimeError if it is too old."""
+    cupy = require_cupy()
+    properties = cupy.cuda.runtime.getDeviceProperties(index)
+    arch = 10 * properties["major"] + properties["minor"]
+    name = properties["name"].decode()
+    if arch < 80:
+        raise RuntimeError(f"device {index} ({name}) is sm_{arch}; cupy_fp8kv needs sm_80 or later")
+    return DeviceInfo(
+        name=name,
+        arch=arch,
+        sm_count=properties["multiProcessorCount"],
+        shared_per_block=properties["sharedMemPerBlockOptin"],
+    )
+
+
+class on_device:
+    """Makes a device current for a launch; costs one query when it already is."""
+
+    __slots__ = ("_index", "_previous", "_runtime")
+
+    def __init__(self, runtime: Any, index: int):
+        self._runtime = runtime
+        self._index = index
+
+    def __enter__(self) -> None:
+        self._previous = self._runtime.getDevice()
+        if self._previous != self._index:
+            self._runtime.setDevice(self._index)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._previous != self._index:
+            self._runtime.setDevice(self._previous)

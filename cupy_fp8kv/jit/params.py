@@ -1,0 +1,51 @@
+"""Argument blocks of kernels, packed as ``cuda_src/params.cuh`` declares them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+import threading
+from typing import Any
+
+from . import sources
+
+_CODES = {"i64": "q", "int": "i", "u32": "I", "float": "f"}
+_STRUCT = re.compile(r"struct (\w+) \{(.*?)\n\};", re.S)
+_FIELD = re.compile(r"^\s*(?:const )?(\w+)(\*?) (\w+);", re.M)
+
+
+def _declared_structs() -> dict[str, list[tuple[str, str]]]:
+    found = {}
+    for name, body in _STRUCT.findall(sources.FILES["params.cuh"]):
+        found[name] = [(field, "P" if star else _CODES[kind]) for kind, star, field in _FIELD.findall(body)]
+    return found
+
+
+STRUCTS = _declared_structs()
+
+
+class ParamBlock:
+    """The memory that a launch hands to a kernel: a packed struct, and the array of its one address.
+
+    ``leading`` is the number of fields that change from call to call; they stand first, so that ``write`` is one pack.
+    Hold ``lock`` from ``write`` until the launch has returned: the driver copies the block during the launch.
+    """
+
+    def __init__(self, name: str, leading: int, **fixed: int | float):
+        fields = STRUCTS[name]
+        missing = [field for field, _ in fields[leading:] if field not in fixed]
+        if missing or len(fixed) != len(fields) - leading:
+            raise AssertionError(f"{name}: fields after the first {leading} do not match; missing {missing}")
+        whole = struct.Struct("@" + "".join(code for _, code in fields))
+        head = struct.Struct("@" + "".join(code for _, code in fields[:leading]))
+        self._buffer = ctypes.create_string_buffer(whole.size)
+        values: list[Any] = [0] * leading + [fixed[field] for field, _ in fields[leading:]]
+        whole.pack_into(self._buffer, 0, *values)
+        self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
+        self.address = ctypes.addressof(self._argument)
+        self._pack_into = head.pack_into
+        self.lock = threading.Lock()
+
+    def write(self, *values: int | float) -> None:
+        self._pack_into(self._buffer, 0, *values)

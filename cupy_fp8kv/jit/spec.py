@@ -1,0 +1,141 @@
+"""Specialisations: frozen values that say which kernel is meant, print themselves and render their own source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..formats import KV_FORMATS, kv_format
+from ..positions import POSITION_MODES
+from . import sources
+
+
+def _constants(**values: int | bool) -> list[str]:
+    lines = []
+    for name, value in values.items():
+        kind, text = ("bool", str(value).lower()) if isinstance(value, bool) else ("int", str(value))
+        lines.append(f"constexpr {kind} {name} = {text};")
+    return lines
+
+
+def _header(name: str) -> str:
+    return f"kv_format/{name}.cuh"
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """One compiled ``cuda_src/decode.cu``. Formats are names in ``formats.KV_FORMATS``."""
+
+    q: str
+    k: str
+    v: str
+    head_dim: int
+    column_tiles: int
+    subtiles: int
+    warps: int
+    ctas_per_sm: int
+    soft_cap: bool = False
+    position: str = "NONE"
+    software_fp8: bool = False
+
+    entry = "decode"
+
+    @property
+    def query_terms(self) -> int:
+        # query.cuh: fp16 is exact in two bf16 terms, everything else in one.
+        return 2 if self.q == "f16" and self.k == "bf16" else 1
+
+    @property
+    def query_shared(self) -> bool:
+        """Whether Q fragments live in shared memory: more than 32 registers of them cost warps."""
+        return self.column_tiles * self.query_terms * self.head_dim // 8 > 16
+
+    @property
+    def tile_rows(self) -> int:
+        return 16 * self.subtiles
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA; the kernel asserts that it comes to the same figure."""
+        steps = self.head_dim // 16
+        query = self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4) if self.query_shared else 0
+        states = self.warps * self.column_tiles * 8 * 8
+        piece = self.warps * 8 * (16 * min(steps, 8) + 4) * 4
+        return query + states + piece
+
+    def source(self) -> str:
+        position_header, position = POSITION_MODES[self.position]
+        headers = [_header(name) for name in (self.q, self.k, self.v)]
+        headers += ["scale/head.cuh", "layout/padded.cuh", f"position/{position_header}.cuh", "schedule/uniform.cuh"]
+        lines = [f"using {role} = {KV_FORMATS[name].policy};" for role, name in self._roles()]
+        lines += ["using Scale = HeadScale;", "using Layout = PaddedLayout;", f"using Position = {position};"]
+        lines += ["using Schedule = UniformSchedule;"]
+        lines += _constants(
+            kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
+            kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kSoftCap=self.soft_cap,
+            kSharedBytes=self.shared_bytes,
+        )  # fmt: skip
+        return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")
+
+    def _roles(self) -> list[tuple[str, str]]:
+        return [("QFormat", self.q), ("KFormat", self.k), ("VFormat", self.v)]
+
+    def __str__(self) -> str:
+        flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))
+        position = "" if self.position == "NONE" else f" {self.position}"
+        return (
+            f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
+            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{position}{flags}]"
+        )
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """One compiled ``cuda_src/merge.cu``, by the type of the result."""
+
+    q: str
+
+    entry = "merge"
+    threads = 256
+    shared_bytes = 0
+
+    def source(self) -> str:
+        lines = [f"using QFormat = {KV_FORMATS[self.q].policy};"]
+        return sources.render(str(self), [_header(self.q)], lines, "merge.cu")
+
+    def __str__(self) -> str:
+        return f"merge[out={self.q}]"
+
+
+@dataclass(frozen=True)
+class QuantizeSpec:
+    """One kernel of ``cuda_src/quantize.cu``: ``entry`` is ``amax``, ``scales``, ``quantize`` or ``dequantize``."""
+
+    entry: str
+    values: str
+    codes: str
+    software_fp8: bool = False
+
+    threads = 256
+    shared_bytes = 0
+
+    def source(self) -> str:
+        values = {"float32": "F32"}.get(self.values) or kv_format(self.values).policy
+        header = "base/f32.cuh" if values == "F32" else _header(values.lower())
+        lines = [f"using Values = {values};", f"using Codes = {KV_FORMATS[self.codes].policy};"]
+        title = f"quantize[values={self.values} codes={self.codes}]"
+        text = sources.render(title, [header, _header(self.codes)], lines, "quantize.cu")
+        return _software(self.software_fp8) + text
+
+    def __str__(self) -> str:
+        return f"{self.entry}[values={self.values} codes={self.codes}{' software_fp8' if self.software_fp8 else ''}]"
+
+
+Spec = DecodeSpec | MergeSpec | QuantizeSpec
+
+
+def _software(on: bool) -> str:
+    return "#define FP8_SOFTWARE 1\n" if on else ""

@@ -1,0 +1,79 @@
+"""Scales of q, K and V: numbers the host knows, or arrays that only the kernel reads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import HOST, Library, library_of
+
+
+class Scale(NamedTuple):
+    """``known`` times what the array holds. ``address`` is 0 without an array; ``stride`` is 1 for one scale a head."""
+
+    known: float
+    address: int
+    stride: int
+    owner: Any  # keeps the array alive until the launch
+
+
+NO_SCALE = Scale(1.0, 0, 0, None)
+
+
+def _check_shape(value: Any, argument: str, num_kv_heads: int) -> int:
+    """The number of scales: 1 or ``num_kv_heads`` (0 heads: only one scale is allowed). ValueError otherwise."""
+    shape = tuple(value.shape)
+    if shape == () or shape == (1,):
+        return 1
+    if num_kv_heads and shape == (num_kv_heads,):
+        return num_kv_heads
+    expected = f"[1] or [num_kv_heads] = [{num_kv_heads}]" if num_kv_heads else "[1]"
+    raise ValueError(f"{argument}: expected a number or an array {expected}, got shape {list(shape)}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def host_scale(value: Any, argument: str, num_kv_heads: int) -> float | np.ndarray:
+    """A scale for the NumPy backend: a number, or float32 ``[num_kv_heads]``. Device arrays are downloaded."""
+    if value is None:
+        return 1.0
+    if is_number(value):
+        return float(value)
+    library = library_of(value, argument)
+    if library is None:
+        raise TypeError(f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX")
+    _check_shape(value, argument, num_kv_heads)
+    values = np.asarray(library.to_numpy(value), dtype=np.float32)
+    return float(values.reshape(())) if values.size == 1 and values.ndim < 2 else values
+
+
+def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library, device: int) -> Scale:
+    """A scale for a kernel on ``device``. An array there is never read by the host; a host array is uploaded."""
+    if value is None:
+        return NO_SCALE
+    if is_number(value):
+        return Scale(float(value), 0, 0, None)
+    source = library_of(value, argument)
+    if source is None:
+        raise TypeError(f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX")
+    count = _check_shape(value, argument, num_kv_heads)
+    address, signature = source.read(value)
+    facts = source.facts(signature)
+    if facts.device == HOST:
+        values = np.asarray(source.to_numpy(value), dtype=np.float32).reshape(count)
+        if count == 1:
+            return Scale(float(values[0]), 0, 0, None)
+        value = library.from_numpy(values, device)
+        address, _ = library.read(value)
+        return Scale(1.0, address, 1, value)
+    if source is not library:
+        raise TypeError(f"{argument}: expected an array of {library.name} like q, got one of {source.name}")
+    if facts.device != device:
+        raise ValueError(f"{argument}: expected an array on device {device} like q, got device {facts.device}")
+    if facts.dtype != "float32" or (count > 1 and facts.strides != (4,)):
+        value = source.as_float32(value)
+        address, _ = source.read(value)
+    return Scale(1.0, address, int(count > 1), value)
