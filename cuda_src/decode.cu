@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
     ptx::let_next_kernel_start();
 
     const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride, work.kv_head);
-    const int num_qo_heads = p.num_kv_heads * p.group_size;
+    const int num_qo_heads = p.num_kv_heads.value * p.group_size;
     WarpCombine::run(
         columns, used_columns, lane, shared + Queries::kSharedBytes,
         [&](int column, const SoftmaxState& state, int j, int group, float first, float second) {
@@ -114,14 +114,14 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
             const int dim = Values::dim(j, group);
             const i64 row_of_out = static_cast<i64>(work.request) * num_qo_heads + head;
             const bool reports = j == 0 && group == 0;
-            if (p.splits == 1) {
+            if (p.splits.value == 1) {
                 const float factor = state.normalizer() * out_scale;
                 u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
                 *reinterpret_cast<u32*>(out + dim * QFormat::kBytes) =
                     QFormat::Operand::pack(first * factor, second * factor);
                 if (reports && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
             } else {
-                const i64 part = row_of_out * p.splits + work.split;
+                const i64 part = row_of_out * p.splits.value + work.split;
                 *reinterpret_cast<float2*>(p.partial_out + part * kHeadDim + dim) =
                     make_float2(first * out_scale, second * out_scale);
                 if (reports)

@@ -1,9 +1,9 @@
 // The argument block of each kernel. The Python side reads this file and derives its packing from it (jit/params.py), so
-// a field is declared once. One field a line; pointers and 64-bit fields first, so that no padding hides in the middle.
+// a field is declared once; a Divisor is its value, multiplier and shift. One field a line; pointers and 64-bit fields first, so that no padding hides in the middle.
 //
 // B requests, L rows, Hq query heads, Hkv cache heads, D head_dim. Strides are in bytes.
 #pragma once
-#include "base/types.cuh"
+#include "base/divide.cuh"
 
 struct DecodeParams {
     // What changes from call to call comes first: it is written by one pack.
@@ -37,16 +37,10 @@ struct DecodeParams {
     i64 v_stride_head;
     i64 out_stride_request;
     i64 out_stride_head;
-    int num_kv_heads;
     int group_size;          // Hq / Hkv
-    int column_blocks;       // CTAs that share the query heads of one cache head
-    int splits;              // CTAs that share the rows of one request
-    u32 column_blocks_multiplier;  // for divisions by the three: schedule/uniform.cuh
-    u32 num_kv_heads_multiplier;
-    u32 splits_multiplier;
-    int column_blocks_shift;
-    int num_kv_heads_shift;
-    int splits_shift;
+    Divisor num_kv_heads;    // Hkv
+    Divisor column_blocks;   // CTAs that share the query heads of one cache head
+    Divisor splits;          // CTAs that share the rows of one request
 };
 
 struct MergeParams {

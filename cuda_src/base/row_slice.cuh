@@ -13,18 +13,16 @@ struct RowSlice {
     static constexpr int kBytes = ROW_BYTES / LANES;
     static constexpr int kWords = (kBytes + 3) / 4;
 
-    // Width of the load that begins at byte `start` of the share.
+    // Width of the load that begins at byte `start` of the share. (No loops here: the compiler folds straight lines.)
     static DEVICE constexpr int load_width(int start) {
-        int width = 16;
-        while (width > kBytes - start) width /= 2;
-        return width;
+        const int left = kBytes - start;
+        return left >= 16 ? 16 : left >= 8 ? 8 : left >= 4 ? 4 : 2;
     }
 
     // First byte of the load that byte `at` of the share comes with.
     static DEVICE constexpr int load_start(int at) {
-        int start = 0;
-        while (start + load_width(start) <= at) start += load_width(start);
-        return start;
+        constexpr int in_16 = kBytes / 16 * 16, in_8 = in_16 + (kBytes & 8), in_4 = in_8 + (kBytes & 4);
+        return at < in_16 ? at / 16 * 16 : at < in_8 ? in_16 : at < in_4 ? in_8 : in_4;
     }
 
     // Byte of the row where byte `at` of lane `lane`'s share lies.

@@ -8,7 +8,7 @@ from typing import Any
 from ..arrays import Library
 from ..jit import compiler
 from ..jit.device import device_info, on_device, require_cupy
-from ..jit.params import ParamBlock
+from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec
 from ..plan import Plan, plan_decode
 from ..problem import DecodeProblem
@@ -23,16 +23,6 @@ _QUANTIZE_LEADING = 4
 def _launcher() -> Any:
     require_cupy()
     return importlib.import_module("cupy_backends.cuda.api.driver").launchKernel
-
-
-def _divisors(**divisors: int) -> dict[str, int]:
-    """The fields that stand for each divisor: itself, and the multiplier and shift of ``UniformSchedule::divide``."""
-    fields = {}
-    for name, divisor in divisors.items():
-        shift = (divisor - 1).bit_length()
-        multiplier = (2**32 * (2**shift - divisor)) // divisor + 1
-        fields |= {name: divisor, f"{name}_multiplier": multiplier, f"{name}_shift": shift}
-    return fields
 
 
 class PreparedDecode:
@@ -54,7 +44,7 @@ class PreparedDecode:
             v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            group_size=problem.group_size, **_divisors(
+            group_size=problem.group_size, **divisors(
                 num_kv_heads=problem.num_kv_heads, column_blocks=plan.column_blocks, splits=plan.splits
             ),
         )  # fmt: skip

@@ -10,16 +10,33 @@ from typing import Any
 
 from . import sources
 
-_CODES = {"i64": "q", "int": "i", "u32": "I", "float": "f"}
+_CODES = {"i64": "q", "int": "i", "float": "f"}
+#: base/divide.cuh: what a field ``name`` of type Divisor consists of.
+_DIVISOR = (("", "i"), ("_multiplier", "I"), ("_shift", "i"))
 _STRUCT = re.compile(r"struct (\w+) \{(.*?)\n\};", re.S)
 _FIELD = re.compile(r"^\s*(?:const )?(\w+)(\*?) (\w+);", re.M)
 
 
 def _declared_structs() -> dict[str, list[tuple[str, str]]]:
-    found = {}
+    found: dict[str, list[tuple[str, str]]] = {}
     for name, body in _STRUCT.findall(sources.FILES["params.cuh"]):
-        found[name] = [(field, "P" if star else _CODES[kind]) for kind, star, field in _FIELD.findall(body)]
+        fields = found[name] = []
+        for kind, star, field in _FIELD.findall(body):
+            if kind == "Divisor":
+                fields += [(field + part, code) for part, code in _DIVISOR]
+            else:
+                fields.append((field, "P" if star else _CODES[kind]))
     return found
+
+
+def divisors(**values: int) -> dict[str, int]:
+    """The fields of each named Divisor, which divides numbers below 2^31."""
+    fields: dict[str, int] = {}
+    for name, value in values.items():
+        shift = (value - 1).bit_length()
+        multiplier = (2**32 * (2**shift - value)) // value + 1
+        fields |= {name: value, f"{name}_multiplier": multiplier, f"{name}_shift": shift}
+    return fields
 
 
 STRUCTS = _declared_structs()
