@@ -7,6 +7,21 @@
 
 constexpr int kThreads = 256;
 constexpr int kMostParts = kThreads / 4;  // head_dim 16
+constexpr int kAtOnce = 4;
+
+DEVICE void scale(float4& x, float factor) {
+    x.x *= factor;
+    x.y *= factor;
+    x.z *= factor;
+    x.w *= factor;
+}
+
+DEVICE void add(float4& x, const float4& other, float factor) {
+    x.x += factor * other.x;
+    x.y += factor * other.y;
+    x.z += factor * other.z;
+    x.w += factor * other.w;
+}
 
 
 extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ MergeParams p) {
@@ -18,24 +33,34 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
     const i64 first = static_cast<i64>(blockIdx.x) * p.splits;
 
     ptx::wait_for_previous_kernel();
+    SoftmaxState state = SoftmaxState::empty();
     float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    auto add = [&](const float4& other, float factor) {
-        out.x += factor * other.x;
-        out.y += factor * other.y;
-        out.z += factor * other.z;
-        out.w += factor * other.w;
-    };
     if (part < parts) {
         const float4* partial_out = reinterpret_cast<const float4*>(p.partial_out) + first * quads + quad;
         const float2* partial_state = reinterpret_cast<const float2*>(p.partial_state) + first;
-        const int count = part < p.splits ? ceil_div(p.splits - part, parts) : 0;
-        const SoftmaxState state = merge_states(
-            count,
-            [&](int i) {
-                const float2 s = partial_state[part + i * parts];
-                return SoftmaxState{s.x, s.y};
-            },
-            [&](int i, float factor) { add(partial_out[static_cast<i64>(part + i * parts) * quads], factor); });
+        for (int begin = part; begin < p.splits; begin += kAtOnce * parts) {
+            // All loads of a round before the first use: what is slow here is the way to memory and back.
+            SoftmaxState states_read[kAtOnce];
+            float4 outs_read[kAtOnce];
+            float reference = state.reference;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const int split = begin + i * parts;
+                const bool exists = split < p.splits;
+                const float2 s = exists ? partial_state[split] : make_float2(0.0f, 0.0f);
+                states_read[i] = exists ? SoftmaxState{s.x, s.y} : SoftmaxState::empty();
+                outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) reference = max_of(reference, states_read[i].reference);
+            scale(out, state.move_to(reference));
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const float factor = states_read[i].factor_to(reference);
+                state.sum += states_read[i].sum * factor;
+                add(out, outs_read[i], factor);
+            }
+        }
         outs[part * quads + quad] = out;
         if (quad == 0) states[part] = state;
     }
@@ -43,9 +68,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
     if (part > 0) return;
 
     out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const SoftmaxState state = merge_states(
+    state = merge_states(
         min_of(parts, p.splits), [&](int i) { return states[i]; },
-        [&](int i, float factor) { add(outs[i * quads + quad], factor); });
+        [&](int i, float factor) { add(out, outs[i * quads + quad], factor); });
     const float factor = state.normalizer();
     const int request = blockIdx.x / p.num_qo_heads, head = blockIdx.x % p.num_qo_heads;
     u8* to = p.out + request * p.out_stride_request + head * p.out_stride_head;

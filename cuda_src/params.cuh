@@ -38,7 +38,7 @@ struct DecodeParams {
     i64 out_stride_request;
     i64 out_stride_head;
     int group_size;          // Hq / Hkv
-    Divisor num_kv_heads;    // Hkv
+    Divisor head_blocks;     // CTAs that share the cache heads of a request: Hkv / kTeams
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
 };
@@ -73,4 +73,12 @@ struct QuantizeParams {
     int scale_stride2;
     int head_dim;
     int scale_count;
+};
+
+struct ReadParams {
+    const u8* k;             // k_bytes of anything, at a multiple of 16 bytes
+    const u8* v;
+    u32* sink;               // [1], never written
+    i64 k_bytes;             // multiples of 16
+    i64 v_bytes;
 };

@@ -27,13 +27,13 @@ class Query {
     static constexpr bool kHasFactor = !kSame && kSameType<Operand, HalfOperand>;
     static constexpr int kSharedBytes = SHARED ? COLUMN_TILES * (kSteps * kTerms * 32 * 8 + 8 * 4) : 0;
 
-    // `row(column)`: where the query of a column lies. `shared`: kSharedBytes.
-    template <class Row>
-    DEVICE Query(Row row, const Lane& lane, u8* shared) {
+    // `row(column)`: where the query of a column lies. `shared`: kSharedBytes of the team.
+    template <class Team, class Row>
+    DEVICE Query(Row row, const Team& team, const Lane& lane, u8* shared) {
         if constexpr (SHARED) {
-            fragments_ = reinterpret_cast<uint2*>(shared) + lane.group * 4 + lane.thread;
+            fragments_ = reinterpret_cast<uint2*>(shared) + lane.index();
             float* factors = reinterpret_cast<float*>(shared + COLUMN_TILES * kSteps * kTerms * 32 * 8);
-            for (int n = lane.warp; n < COLUMN_TILES; n += blockDim.x / 32) {
+            for (int n = team.rank; n < COLUMN_TILES; n += Team::kWarps) {
                 u32 column[kSteps][kTerms][2];
                 const float factor = load(row(8 * n + lane.group), lane, column);
 #pragma unroll

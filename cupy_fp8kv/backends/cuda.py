@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from ..arrays import Library
 from ..jit import compiler
 from ..jit.device import device_info, on_device, require_cupy
+from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec
 from ..plan import Plan, plan_decode
@@ -20,11 +18,6 @@ _MERGE_LEADING = 5
 _QUANTIZE_LEADING = 4
 
 
-def _launcher() -> Any:
-    require_cupy()
-    return importlib.import_module("cupy_backends.cuda.api.driver").launchKernel
-
-
 class PreparedDecode:
     """A decode problem planned, compiled and packed for one device: a call only fills in addresses and numbers."""
 
@@ -33,10 +26,8 @@ class PreparedDecode:
         self.device = device
         self.plan: Plan = plan_decode(problem, device_info(device))
         plan = self.plan
-        self._launch_kernel = _launcher()
         self._runtime = require_cupy().cuda.runtime
-        self._kernel = compiler.load(plan.spec, device)
-        self._params = ParamBlock(
+        params = ParamBlock(
             "DecodeParams", _DECODE_LEADING,
             q_stride_request=problem.q_strides[0], q_stride_head=problem.q_strides[1],
             k_stride_request=problem.k_strides[0], k_stride_row=problem.k_strides[1],
@@ -44,18 +35,21 @@ class PreparedDecode:
             v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            group_size=problem.group_size, **divisors(
-                num_kv_heads=problem.num_kv_heads, column_blocks=plan.column_blocks, splits=plan.splits
+            group_size=problem.group_size,
+            **divisors(
+                head_blocks=problem.num_kv_heads // plan.spec.teams, column_blocks=plan.column_blocks,
+                splits=plan.splits,
             ),
         )  # fmt: skip
+        self._launch = Launch(compiler.load(plan.spec, device), plan.grid, params)
         if plan.splits > 1:
-            self._merge = compiler.load(MergeSpec(problem.q_format), device)
-            self._merge_grid = problem.batch * problem.num_qo_heads
-            self._merge_params = ParamBlock(
+            params = ParamBlock(
                 "MergeParams", _MERGE_LEADING,
                 splits=plan.splits, num_qo_heads=problem.num_qo_heads, head_dim=problem.head_dim,
                 out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             )  # fmt: skip
+            grid = problem.batch * problem.num_qo_heads
+            self._merge = Launch(compiler.load(MergeSpec(problem.q_format), device), grid, params, dependent=True)
 
     def run(
         self,
@@ -80,33 +74,27 @@ class PreparedDecode:
         """Launch on the caller's current stream. Everything but the numbers is a device address, 0 for none."""
         if self._runtime.getDevice() != self.device:
             with on_device(self._runtime, self.device):
-                return self.run(
+                self.run(
                     library, q, k, v, out, lse, kv_lens, q_scale, k_scale, v_scale, k_scale_stride, v_scale_stride,
                     logit_scale, out_scale, soft_cap, lse_unit, window_left,
                 )  # fmt: skip
-        plan, kernel, params, launch = self.plan, self._kernel, self._params, self._launch_kernel
+            return
+        plan = self.plan
         if plan.grid == 0:
-            return None
+            return
         stream = library.stream(self.device)
-        partial_out = partial_state = 0
+        workspace, partial_out, partial_state = None, 0, 0
         if plan.splits > 1:
             # Freed when this returns, in the order of the stream: the allocator hands it to later work only.
             workspace, partial_out = library.workspace(plan.workspace, self.device)
             partial_state = partial_out + plan.workspace_out
-        with params.lock:
-            params.write(
-                q, k, v, out, lse, kv_lens, q_scale, k_scale, v_scale, partial_out, partial_state,
-                logit_scale, out_scale, soft_cap, lse_unit, window_left, self.problem.kv_len,
-                k_scale_stride, v_scale_stride,
-            )  # fmt: skip
-            launch(kernel.handle, plan.grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream, params.address, 0)
+        self._launch(
+            stream, q, k, v, out, lse, kv_lens, q_scale, k_scale, v_scale, partial_out, partial_state, logit_scale,
+            out_scale, soft_cap, lse_unit, window_left, self.problem.kv_len, k_scale_stride, v_scale_stride,
+        )  # fmt: skip
         if plan.splits > 1:
-            merge, params = self._merge, self._merge_params
-            with params.lock:
-                params.write(partial_out, partial_state, out, lse, lse_unit)
-                launch(merge.handle, self._merge_grid, 1, 1, merge.threads, 1, 1, 0, stream, params.address, 0)
-            del workspace
-        return None
+            self._merge(stream, partial_out, partial_state, out, lse, lse_unit)
+        del workspace
 
 
 class RowAxes:
@@ -139,12 +127,11 @@ class Quantizer:
         self._types = (values, codes)
         self._device = device
         self._software = software_fp8
-        self._launch_kernel = _launcher()
         self._runtime = require_cupy().cuda.runtime
 
-    def _launch(self, entry: str, grid: int, stream: int, params: ParamBlock) -> None:
-        kernel = compiler.load(QuantizeSpec(entry, *self._types, software_fp8=self._software), self._device)
-        self._launch_kernel(kernel.handle, grid, 1, 1, kernel.threads, 1, 1, 0, stream, params.address, 0)
+    def _launch(self, entry: str, grid: int, stream: int, params: ParamBlock, *values: int | float) -> None:
+        spec = QuantizeSpec(entry, *self._types, software_fp8=self._software)
+        Launch(compiler.load(spec, self._device), grid, params)(stream, *values)
 
     def _params(self, axes: RowAxes, scale_strides: tuple[int, int, int], scale_count: int) -> ParamBlock:
         return ParamBlock(
@@ -166,13 +153,13 @@ class Quantizer:
         """Write the scales of all ``count`` slots that ``strides`` name."""
         with on_device(self._runtime, self._device):
             params = self._params(axes, strides, count)
-            params.write(values, 0, scales, 0.0)
             self._runtime.memsetAsync(scales, 0, 4 * count, stream)
             if axes.rows:
                 # A warp that stays with one head needs one atomic: all warps together step over whole sets of heads.
-                self._launch("amax", self._grid(32 * axes.rows, count if 1 < count <= 256 else 1), stream, params)
+                grid = self._grid(32 * axes.rows, count if 1 < count <= 256 else 1)
+                self._launch("amax", grid, stream, params, values, 0, scales, 0.0)
             if count != axes.rows:
-                self._launch("scales", -(-count // 256), stream, params)
+                self._launch("scales", -(-count // 256), stream, params, values, 0, scales, 0.0)
 
     def convert(
         self,
@@ -190,5 +177,5 @@ class Quantizer:
             return
         with on_device(self._runtime, self._device):
             params = self._params(axes, strides, 0)
-            params.write(values, out, scales, scale)
-            self._launch(entry, self._grid(axes.rows * (axes.head_dim // 4)), stream, params)
+            grid = self._grid(axes.rows * (axes.head_dim // 4))
+            self._launch(entry, grid, stream, params, values, out, scales, scale)

@@ -33,6 +33,7 @@ class DecodeSpec:
     subtiles: int
     warps: int
     ctas_per_sm: int
+    teams: int = 1
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
@@ -64,7 +65,7 @@ class DecodeSpec:
         query = self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4) if self.query_shared else 0
         states = self.warps * self.column_tiles * 8 * 8
         piece = self.warps * 8 * (16 * min(steps, 8) + 4) * 4
-        return query + states + piece
+        return self.teams * query + states + piece
 
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
@@ -74,8 +75,8 @@ class DecodeSpec:
         lines += ["using Scale = HeadScale;", "using Layout = PaddedLayout;", f"using Position = {position};"]
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
-            kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
-            kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kSoftCap=self.soft_cap,
+            kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kTeams=self.teams,
+            kWarps=self.warps, kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kSoftCap=self.soft_cap,
             kSharedBytes=self.shared_bytes,
         )  # fmt: skip
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")
@@ -88,7 +89,7 @@ class DecodeSpec:
         position = "" if self.position == "NONE" else f" {self.position}"
         return (
             f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
-            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{position}{flags}]"
+            f"rows={self.tile_rows} heads={self.teams} warps={self.warps}x{self.ctas_per_sm}{position}{flags}]"
         )
 
 

@@ -1,0 +1,118 @@
+"""Which specialisations are compiled to know that all compile: what planners choose, pairwise over what decides it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .. import plan
+from ..formats import FP8_FORMATS, KV_FORMATS
+from ..problem import DecodeProblem
+from .spec import DecodeSpec, MergeSpec, QuantizeSpec, Spec
+
+_Q_FORMATS = ("f16", "bf16")
+_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
+_COMMON_HEAD_DIMS = (64, 128, 256)
+#: Group sizes by the column tiles they take.
+_GROUPS = {1: range(1, 9), 2: range(9, 17)}
+_VALUE_DTYPES = ("float16", "bfloat16", "float32")
+_QUANTIZE_ENTRIES = ("amax", "scales", "quantize", "dequantize")
+#: From here on conversion is in hardware, and ``software_fp8`` another kernel.
+_HARDWARE_FP8_ARCH = 89
+
+
+def _problem(q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool = False) -> DecodeProblem:
+    """A problem as an ordinary NHD cache of eight heads poses it."""
+    batch, rows, heads = 16, 4096, 8
+    k_row, v_row = (heads * head_dim * KV_FORMATS[name].itemsize for name in (k, v))
+    return DecodeProblem(
+        batch, rows, heads * group_size, heads, head_dim, q, k, v, (heads * group_size * head_dim * 2, head_dim * 2),
+        (rows * k_row, k_row, k_row // heads), (rows * v_row, v_row, v_row // heads), soft_cap,
+    )  # fmt: skip
+
+
+def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few choices of one value a factor, such that any two values of two factors meet in one of them.
+
+    Greedy and deterministic: each choice starts from the first pair that is missing and takes, factor by factor, the
+    value that adds most missing pairs (the least used of equals).
+    """
+    names = list(factors)
+    missing = {
+        ((a, x), (b, y)): None for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
+    }
+    used = {(name, value): 0 for name in names for value in factors[name]}
+    chosen: list[dict[str, Any]] = []
+    while missing:
+        row = dict(next(iter(missing)))
+
+        def gain(name: str, value: Any, row: dict[str, Any] = row) -> tuple[int, int]:
+            pairs = (((n, v), (name, value)) if names.index(n) < names.index(name) else ((name, value), (n, v))
+                     for n, v in row.items())  # fmt: skip
+            return sum(pair in missing for pair in pairs), -used[name, value]
+
+        for name in names:
+            if name not in row:
+                row[name] = max(factors[name], key=lambda value, name=name: gain(name, value))  # type: ignore[misc]
+        for pair in itertools.combinations(((name, row[name]) for name in names), 2):
+            missing.pop(pair, None)
+        for item in row.items():
+            used[item] += 1
+        chosen.append(row)
+    return chosen
+
+
+def _pairwise_decode(arch: int) -> list[DecodeSpec]:
+    factors: dict[str, Sequence[Any]] = {
+        "head_dim": _HEAD_DIMS, "k": tuple(KV_FORMATS), "v": tuple(KV_FORMATS),
+        "cta_shape": range(len(plan.specs(_problem("f16", "e4m3", "e4m3", 128, 1)))),
+        "q": _Q_FORMATS, "column_tiles": tuple(_GROUPS), "soft_cap": (False, True),
+        "software_fp8": (False, True),
+    }  # fmt: skip
+    hardware = arch >= _HARDWARE_FP8_ARCH
+    found = []
+    for index, row in enumerate(pairwise(factors)):
+        groups = _GROUPS[row["column_tiles"]]
+        problem = _problem(row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"])
+        shapes = plan.specs(problem)
+        found.append(replace(shapes[row["cta_shape"] % len(shapes)], software_fp8=row["software_fp8"] and hardware))
+    return found
+
+
+def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int]) -> list[DecodeSpec]:
+    """Every CTA shape of every combination."""
+    found = []
+    for (k, v), q, head_dim, groups in itertools.product(pairs, _Q_FORMATS, head_dims, _GROUPS.values()):
+        found += plan.specs(_problem(q, k, v, head_dim, groups[-1]))
+    return found
+
+
+def _others() -> list[Spec]:
+    quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
+    return [*(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize)]
+
+
+def covering_specs(arch: int) -> list[Spec]:
+    """Every common specialisation, and for the rest each two properties together at least once."""
+    same = [(name, name) for name in KV_FORMATS]
+    return list(dict.fromkeys([*_full_decode(same, _COMMON_HEAD_DIMS), *_pairwise_decode(arch), *_others()]))
+
+
+def all_formats_specs(arch: int) -> list[Spec]:
+    """Every pair of formats of K and V at the common head dimensions, whatever the architecture."""
+    pairs = itertools.product(KV_FORMATS, KV_FORMATS)
+    return list(dict.fromkeys([*_full_decode(pairs, _COMMON_HEAD_DIMS), *_others()]))
+
+
+def all_head_dims_specs(arch: int) -> list[Spec]:
+    """Every head dimension, K and V in the same format, whatever the architecture."""
+    same = [(name, name) for name in KV_FORMATS]
+    return list(dict.fromkeys([*_full_decode(same, _HEAD_DIMS), *_others()]))
+
+
+#: Sets by the name that the command line knows them by.
+SETS: dict[str, Callable[[int], list[Spec]]] = {
+    "covering": covering_specs, "all-formats": all_formats_specs, "all-head-dims": all_head_dims_specs,
+}  # fmt: skip
