@@ -7,8 +7,8 @@
 // for merge.cu.
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
-// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kTeams, kWarps, kCtasPerSm, kQueryShared,
-// kSoftCap and kSharedBytes.
+// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kCtasPerSm, kQueryShared,
+// kEarlyKeys, kSoftCap and kSharedBytes.
 #include "attention/columns.cuh"
 #include "attention/combine.cuh"
 #include "attention/query.cuh"
@@ -20,19 +20,15 @@ using Queries = Query<QFormat, KFormat, kHeadDim, kColumnTiles, kQueryShared>;
 using Keys = KTile<KFormat, kHeadDim, kSubtiles>;
 using Values = VTile<VFormat, kHeadDim, kSubtiles>;
 using WarpColumns = Columns<kColumnTiles, Values::kTiles, kSubtiles>;
-using Warps = Team<kTeams, kWarps / kTeams>;
-using TeamCombine = Combine<kHeadDim, kColumnTiles, Warps>;
+using WarpCombine = Combine<kHeadDim, kColumnTiles, kWarps, kCtasPerSm>;
 
 constexpr int kTileRows = 16 * kSubtiles;
 constexpr int kColumns = 8 * kColumnTiles;
-constexpr int kTeamBytes = Queries::kSharedBytes + TeamCombine::kSharedBytes;
-static_assert(kWarps % kTeams == 0, "teams are of equal size");
-static_assert(kSharedBytes == kTeams * kTeamBytes, "spec.py and the kernel disagree");
+static_assert(kSharedBytes == Queries::kSharedBytes + WarpCombine::kSharedBytes, "spec.py and the kernel disagree");
 
 // Scores of a tile to logits in the base of exp2, masked.
 DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries& queries, const DecodeParams& p,
                       float scale, int first_row, int first_head, int kv_len, const RowRange& range, const Lane& lane) {
-    const bool whole = range.covers(first_row, kTileRows);
 #pragma unroll
     for (int r = 0; r < kSubtiles; r++)
 #pragma unroll
@@ -47,26 +43,33 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
                     const float e = ptx::exp2(x * (2.0f * kLog2E / p.soft_cap));
                     x = (p.soft_cap * kLog2E) * (1.0f - 2.0f / (1.0f + e));
                 }
-                x = Position::logit(x, head, kv_len - 1 - row);
-                scores[r][n][i] = whole || range.visible(row) ? x : negative_infinity();
+                scores[r][n][i] = Position::logit(x, head, kv_len - 1 - row);
             }
+    if (range.covers(first_row, kTileRows)) return;
+#pragma unroll
+    for (int r = 0; r < kSubtiles; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (!range.visible(first_row + 16 * r + 8 * (i / 2) + lane.group))
+#pragma unroll
+                for (int n = 0; n < kColumnTiles; n++) scores[r][n][i] = negative_infinity();
 }
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(16) u8 shared[];
     const Lane lane = Lane::self();
-    const Warps team = Warps::self();
-    u8* const team_shared = shared + team.index * kTeamBytes;
     const Work work = Schedule::work(p, blockIdx.x);
-    const int kv_head = work.head_block * kTeams + team.index;
     const int kv_len = Layout::kv_len(p, work.request);
-    const RowRange range = RowRange::of_request(kv_len, p.window_left).part(work.split, p.splits, kTileRows);
-    const auto k_rows = Layout::k_rows(p, work.request, kv_head);
-    const auto v_rows = Layout::v_rows(p, work.request, kv_head);
+    const RowRange range = RowRange::of_request(kv_len, p.window_left);
+    const auto k_rows = Layout::k_rows(p, work.request, work.kv_head).from(Keys::Slice::begin(lane.thread));
+    const auto v_rows = Layout::v_rows(p, work.request, work.kv_head).from(Values::Slice::begin(lane.group));
 
     Keys keys;
     Values values;
-    int row = range.begin + team.rank * kTileRows;
+    // The warps of all CTAs that share a request take turns over its tiles, so that what is read at one time lies close
+    // together. plan.split_rows is the same formula.
+    const int step = p.splits.value * kWarps * kTileRows;
+    int row = range.begin + (work.split * kWarps + lane.warp) * kTileRows;
     // The cache's first rows are asked for before q is even read.
     if (row < range.end) {
         keys.load(k_rows, range, row, lane);
@@ -75,30 +78,34 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
 
     const int first_column = work.column_block * kColumns;
     const int used_columns = min_of(kColumns, p.group_size - first_column);
-    const int first_head = kv_head * p.group_size + first_column;
+    const int first_head = work.kv_head * p.group_size + first_column;
     const u8* q = p.q + work.request * p.q_stride_request;
     // Columns without a head of their own repeat the last one; nothing reads their results.
     const Queries queries(
-        [&](int column) { return q + (first_head + min_of(column, used_columns - 1)) * p.q_stride_head; }, team,
-        lane, team_shared);
+        [&](int column) { return q + (first_head + min_of(column, used_columns - 1)) * p.q_stride_head; }, lane,
+        shared);
 
-    float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, kv_head);
+    float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, work.kv_head);
     scale = Scale::at(scale, p.q_scale, 0, 0) * KFormat::kGain;
     if constexpr (!kSoftCap) scale *= kLog2E;  // a soft cap needs natural logits first
 
     WarpColumns columns;
     while (row < range.end) {
-        const int next = row + Warps::kWarps * kTileRows;
-        // The copy lets the next rows of K be asked for before this tile's products; it costs no registers, because
-        // what stays of the tile is converted by then.
-        const Keys current = keys;
-        if (next < range.end) keys.load(k_rows, range, next, lane);
-
+        const int next = row + step;
         float scores[kSubtiles][kColumnTiles][4] = {};
-#pragma unroll
-        for (int r = 0; r < kSubtiles; r++) queries.multiply(current.low[r], current.high[r], scores[r]);
+        if constexpr (kEarlyKeys) {
+            // The copy lets the next rows of K be asked for before this tile's products.
+            const Keys current = keys;
+            if (next < range.end) keys.load(k_rows, range, next, lane);
+            queries.multiply(current, scores);
+        } else {
+            queries.multiply(keys, scores);
+            if (next < range.end) keys.load(k_rows, range, next, lane);
+        }
         to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
         columns.update(scores);
+        // A weight of 0 does not hide an infinity.
+        if (!range.covers(row, kTileRows)) values.clear_beyond(range, row, lane);
 #pragma unroll
         for (int r = 0; r < kSubtiles; r++) {
             constexpr int kTerms = VFormat::Operand::kWeightTerms;
@@ -113,10 +120,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
     columns.finish();
     ptx::let_next_kernel_start();  // merge.cu, if this splits: it waits for the results where it starts
 
-    const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride, kv_head);
-    const int num_qo_heads = p.head_blocks.value * kTeams * p.group_size;
-    TeamCombine::run(
-        columns, used_columns, team, lane, team_shared + Queries::kSharedBytes,
+    const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride, work.kv_head);
+    const int num_qo_heads = p.num_kv_heads.value * p.group_size;
+    WarpCombine::run(
+        columns, used_columns, lane, shared + Queries::kSharedBytes,
         [&](int column, const SoftmaxState& state, int j, int group, float first, float second) {
             const int head = first_head + column;
             const int dim = Values::dim(j, group);

@@ -34,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
 
     ptx::wait_for_previous_kernel();
     SoftmaxState state = SoftmaxState::empty();
-    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float4 out = zero;
     if (part < parts) {
         const float4* partial_out = reinterpret_cast<const float4*>(p.partial_out) + first * quads + quad;
         const float2* partial_state = reinterpret_cast<const float2*>(p.partial_state) + first;
@@ -49,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
                 const bool exists = split < p.splits;
                 const float2 s = exists ? partial_state[split] : make_float2(0.0f, 0.0f);
                 states_read[i] = exists ? SoftmaxState{s.x, s.y} : SoftmaxState::empty();
-                outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : zero;
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) reference = max_of(reference, states_read[i].reference);
@@ -67,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
     ptx::sync_threads();
     if (part > 0) return;
 
-    out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    out = zero;
     state = merge_states(
         min_of(parts, p.splits), [&](int i) { return states[i]; },
         [&](int i, float factor) { add(out, outs[i * quads + quad], factor); });

@@ -1,5 +1,5 @@
-// The argument block of each kernel. The Python side reads this file and derives its packing from it (jit/params.py), so
-// a field is declared once; a Divisor is its value, multiplier and shift. One field a line; pointers and 64-bit fields first, so that no padding hides in the middle.
+// The argument block of each kernel. The Python side reads this file and derives its packing from it (jit/params.py),
+// so a field is declared once, one field a line; a Divisor stands for its three.
 //
 // B requests, L rows, Hq query heads, Hkv cache heads, D head_dim. Strides are in bytes.
 #pragma once
@@ -7,38 +7,38 @@
 
 struct DecodeParams {
     // What changes from call to call comes first: it is written by one pack.
+    float* partial_out;      // [B, Hq, splits, D], or null when splits == 1
+    float* partial_state;    // [B, Hq, splits, 2]: reference and sum of the softmax state
+    u8* out;                 // [B, Hq, D], the type of q
+    float* lse;              // [B, Hq], or null
+    float lse_unit;          // 1 for base 2, ln 2 for base e
     const u8* q;             // [B, Hq, D]
     const u8* k;             // [B, L, Hkv, D]
     const u8* v;             // [B, L, Hkv, D]
-    u8* out;                 // [B, Hq, D], the type of q
-    float* lse;              // [B, Hq], or null
     const int* kv_lens;      // [B], or null: every request has kv_len rows
     const float* q_scale;    // [1], or null
     const float* k_scale;    // [1] or [Hkv], or null
     const float* v_scale;    // [1] or [Hkv], or null
-    float* partial_out;      // [B, Hq, splits, D], or null when splits == 1
-    float* partial_state;    // [B, Hq, splits, 2]: maximum and denominator
     float logit_scale;       // sm_scale and every scale the host knows
     float out_scale;         // v_scale, if the host knows it
     float soft_cap;          // used by specialisations with kSoftCap
-    float lse_unit;          // 1 for base 2, ln 2 for base e
     int window_left;         // negative: no window
-    int kv_len;              // L
     int k_scale_stride;      // 1: one scale a head, 0: one for all
     int v_scale_stride;
     // What a plan fixes.
     i64 q_stride_request;
     i64 q_stride_head;
     i64 k_stride_request;
-    i64 k_stride_row;
     i64 k_stride_head;
     i64 v_stride_request;
-    i64 v_stride_row;
     i64 v_stride_head;
     i64 out_stride_request;
     i64 out_stride_head;
+    int kv_len;              // L
+    int k_stride_row;        // 32 bits: a row's address is then one multiply-add
+    int v_stride_row;
     int group_size;          // Hq / Hkv
-    Divisor head_blocks;     // CTAs that share the cache heads of a request: Hkv / kTeams
+    Divisor num_kv_heads;    // Hkv
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
 };

@@ -1,7 +1,7 @@
 // Floats to FP8 codes and back: code = encode(value / scale), value = decode(code) * scale, with the scale in fp32.
 //
-// Arrays are rows of head_dim elements on three axes; a stride of 0 in the scales' axes is what makes a scale common to a
-// tensor or a head. The specialisation defines Values (F16, BF16 or F32) and Codes (an FP8 format).
+// Arrays are rows of head_dim elements on three axes; a stride of 0 in the scales' axes is what makes a scale common to
+// a tensor or a head. The specialisation defines Values (F16, BF16 or F32) and Codes (an FP8 format).
 #include "base/operand.cuh"
 #include "params.cuh"
 
@@ -37,8 +37,8 @@ DEVICE float scale_of(u32 amax_bits) {
     return scale < kMinScale ? 1.0f : scale;
 }
 
-// One warp a row at a time. Where every row has its own scale it is stored; otherwise the largest magnitude is, as bits,
-// for `scales` to turn into scales: a maximum does not depend on the order it is taken in.
+// One warp a row at a time. Where every row has its own scale it is stored; otherwise the largest magnitude is, as
+// bits, for `scales` to turn into scales: a maximum does not depend on the order it is taken in.
 extern "C" __global__ void __launch_bounds__(kThreads) amax(const __grid_constant__ QuantizeParams p) {
     const int lane = threadIdx.x % 32;
     const i64 warps = static_cast<i64>(gridDim.x) * (kThreads / 32);

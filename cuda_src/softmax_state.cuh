@@ -35,7 +35,8 @@ struct SoftmaxState {
     DEVICE float log2_sum() const { return sum == 0.0f ? negative_infinity() : reference + ptx::log2(sum); }
 };
 
-// Merges `count` states: `state(i)` gives one, `add(i, factor)` is called in order to add up its accumulator times factor.
+// Merges `count` states: `state(i)` gives one, `add(i, factor)` is called in order to add up its accumulator times
+// factor.
 template <class State, class Add>
 DEVICE SoftmaxState merge_states(int count, State state, Add add) {
     SoftmaxState total = SoftmaxState::empty();

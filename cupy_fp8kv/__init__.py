@@ -4,13 +4,11 @@ Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; ker
 """
 
 from .decode import (
-    Explanation,
     batch_decode_with_padded_kv_cache,
     batch_decode_with_padded_kv_cache_return_lse,
-    explain,
     single_decode_with_kv_cache,
-    warmup,
 )
+from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
 from .quantize import dequantize, quantize
 

@@ -7,7 +7,7 @@ KV_LAYOUTS = {"NHD": (0, 1), "HND": (1, 0)}
 
 
 def check_kv_layout(kv_layout: str) -> str:
-    if kv_layout not in KV_LAYOUTS:
+    if not isinstance(kv_layout, str) or kv_layout not in KV_LAYOUTS:
         raise ValueError(f"kv_layout: expected 'NHD' or 'HND', got {kv_layout!r}")
     return kv_layout
 

@@ -8,10 +8,10 @@ kernel, so it is only done where the requests' heads alone do not fill the devic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .formats import KV_FORMATS
-from .jit.spec import DecodeSpec
+from .jit.spec import MOST_FRAGMENT_REGISTERS, DecodeSpec
 from .problem import DecodeProblem
 
 
@@ -44,122 +44,100 @@ class Plan:
 
 #: Query heads that one CTA can take: two tiles of eight columns.
 MAX_COLUMNS = 16
-#: A tile of 16 rows of K and V with fewer bytes than this is doubled, to keep enough bytes in flight.
-_MIN_TILE_BYTES = 3072
-#: A second wave that fills less than this of the device is avoided by splitting.
+#: Fragment registers with which 16 warps fit the registers of an SM without a spill (jit.spec: 224 for 8 warps).
+_FRAGMENTS_OF_16_WARPS = 110
+#: A warp's tile of K and V is doubled until it has this many bytes: 16 or 8 warps then keep 40 to 64 KB in flight.
+_MIN_TILE_BYTES = {16: 3072, 8: 4608}
+#: A last wave that fills less than this of its slots is avoided by splitting.
 _MIN_FILL = 0.8
+#: Bytes of partial results that no plan exceeds.
+MAX_WORKSPACE = 16 << 20
 #: Splits shorter than this many rows are not worth a merge once every SM has work.
 _MIN_SPLIT_ROWS = 256
 
 
-def split_rows(begin: int, end: int, splits: int, tile_rows: int) -> list[tuple[int, int]]:
-    """The rows of each split: whole tiles, the first splits one longer. The same formula as ``RowRange::part``."""
-    tiles = -(-(end - begin) // tile_rows)
-    each, longer = divmod(tiles, splits)
-    parts = []
-    for index in range(splits):
-        first = index * each + min(index, longer)
-        last = first + each + (index < longer)
-        parts.append((min(end, begin + first * tile_rows), min(end, begin + last * tile_rows)))
-    return parts
+def split_rows(begin: int, end: int, splits: int, warps: int, tile_rows: int) -> list[list[tuple[int, int]]]:
+    """The ranges of rows that each split reads: the warps of all splits take turns over the tiles, as in decode.cu."""
+    turn = warps * tile_rows
+    return [
+        [(first, min(first + turn, end)) for first in range(begin + split * turn, end, splits * turn)]
+        for split in range(splits)
+    ]
 
 
-def _columns(problem: DecodeProblem) -> tuple[int, int]:
-    """(tiles of eight columns per CTA, CTAs that share the query heads of one cache head), evenly filled."""
-    blocks = math.ceil(problem.group_size / MAX_COLUMNS)
-    return math.ceil(math.ceil(problem.group_size / blocks) / 8), blocks
+def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
+    """The kernel with as many warps as fit an SM, and how many CTAs share the query heads of one cache head."""
+    for most_tiles in (MAX_COLUMNS // 8, 1):
+        blocks = math.ceil(problem.group_size / (8 * most_tiles))
+        column_tiles = math.ceil(math.ceil(problem.group_size / blocks) / 8)
+        for warps, most in ((16, _FRAGMENTS_OF_16_WARPS), (8, MOST_FRAGMENT_REGISTERS)):
+            for subtiles in _subtiles(problem, warps):
+                spec = DecodeSpec(
+                    q=problem.q_format, k=problem.k_format, v=problem.v_format, head_dim=problem.head_dim,
+                    column_tiles=column_tiles, subtiles=subtiles, warps=warps, ctas_per_sm=1,
+                    soft_cap=problem.soft_cap, position=problem.position,
+                )  # fmt: skip
+                if spec.fragment_registers + (spec.key_registers if warps == 16 else 0) <= most:
+                    return spec, blocks
+    raise AssertionError(f"no tile fits {problem}")
 
 
-def _subtiles(problem: DecodeProblem) -> int:
+def _subtiles(problem: DecodeProblem, warps: int) -> list[int]:
+    """Numbers of 16-row subtiles to try for a tile, the wanted one first."""
     row_bytes = problem.head_dim * (KV_FORMATS[problem.k_format].itemsize + KV_FORMATS[problem.v_format].itemsize)
-    subtiles = 1
-    while 16 * row_bytes * subtiles < _MIN_TILE_BYTES and subtiles < 4:
-        subtiles *= 2
-    return subtiles
-
-
-def _spec(problem: DecodeProblem, warps: int, ctas_per_sm: int) -> DecodeSpec:
-    return DecodeSpec(
-        q=problem.q_format, k=problem.k_format, v=problem.v_format, head_dim=problem.head_dim,
-        column_tiles=_columns(problem)[0], subtiles=_subtiles(problem), warps=warps, ctas_per_sm=ctas_per_sm,
-        soft_cap=problem.soft_cap, position=problem.position,
-    )  # fmt: skip
-
-
-def warps_per_sm(spec: DecodeSpec) -> int:
-    """Warps whose registers fit an SM: 16, 12 or 8, from what the fragments need beside some 40 for everything else."""
-    steps = spec.head_dim // 16
-    k_bytes, v_bytes = KV_FORMATS[spec.k].itemsize, KV_FORMATS[spec.v].itemsize
-    accumulators = 4 * steps * spec.column_tiles
-    keys = spec.subtiles * 2 * steps * k_bytes
-    values = spec.subtiles * 4 * -(-steps * v_bytes // 2)
-    query = 0 if spec.query_shared else 2 * steps * spec.column_tiles * spec.query_terms
-    registers = accumulators + keys + values + query
-    if registers <= 96:
-        return 16
-    return 12 if registers <= 128 else 8
-
-
-def cta_shapes(problem: DecodeProblem) -> list[tuple[int, int]]:
-    """(warps, CTAs per SM) that a plan may choose, largest first."""
-    warps = warps_per_sm(_spec(problem, 16, 1))
-    return [(warps, 1), (warps // 2, 2), (warps // 4, 1)]
+    wanted = next((n for n in (1, 2) if 16 * row_bytes * n >= _MIN_TILE_BYTES[warps]), 4)
+    # With 8 warps a smaller tile is better than none.
+    return [wanted] if warps == 16 else [n for n in (4, 2, 1) if n <= wanted]
 
 
 def specs(problem: DecodeProblem) -> list[DecodeSpec]:
-    """Every specialisation that some batch and length of this problem may use."""
-    return [_spec(problem, *shape) for shape in cta_shapes(problem)]
+    """Every specialisation that some batch, length and device may use for this kind of problem, largest CTAs first."""
+    spec, _ = _tile(problem)
+    return [replace(spec, warps=spec.warps // ctas, ctas_per_sm=ctas) for ctas in (1, 2, 4)]
 
 
 def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
     """Choose how to run ``problem`` on ``device``."""
-    _, blocks = _columns(problem)
+    full, half, quarter = specs(problem)
+    blocks = _tile(problem)[1]
     pieces = problem.batch * problem.num_kv_heads * blocks
-    rows = problem.rows_read
-    tiles = -(-rows // (16 * _subtiles(problem)))
+    tiles = -(-problem.rows_read // full.tile_rows)
     sms = device.sm_count
-    (full, _), (half, _), (quarter, _) = cta_shapes(problem)
 
-    def capped(splits: int, warps: int) -> int:
-        # Every warp of every split should have a tile.
-        return max(1, min(splits, tiles // warps))
+    def splits_of(spec: DecodeSpec, slots: int) -> int:
+        # One wave, and every warp of every split has a tile.
+        return max(1, min(slots // pieces, tiles // spec.warps))
 
-    if pieces >= 2 * sms:
-        warps, ctas, slots = half, 2, 2 * sms
-        splits = 1
-        fill = _fill(pieces, slots)
-        reason = f"{pieces} request heads fill {slots} slots in {-(-pieces // slots)} waves"
-        if fill < _MIN_FILL:
-            most = max(1, rows // _MIN_SPLIT_ROWS)
-            splits = next((s for s in range(2, min(16, most) + 1) if _fill(pieces * s, slots) > 0.9), 1)
+    splits = 1
+    if pieces == 0:
+        spec, reason = full, "nothing to do"
+    elif pieces > 2 * sms:
+        spec, slots = quarter, 4 * sms
+        reason = f"{pieces} request heads on {slots} slots: small CTAs even out the end"
+        waves = -(-pieces // slots)
+        if waves > 1 and pieces < _MIN_FILL * waves * slots:
+            bytes_of_split = problem.batch * problem.num_qo_heads * (problem.head_dim * 4 + 8)
+            most = min(16, problem.rows_read // _MIN_SPLIT_ROWS, MAX_WORKSPACE // bytes_of_split)
+            splits = next((s for s in range(2, most + 1) if _fill(pieces * s, slots) > 0.9), 1)
             if splits > 1:
-                reason = f"{pieces} request heads would leave {1 - fill:.0%} of the slots of their waves empty"
+                reason = f"{pieces} request heads alone would leave much of {waves} waves of {slots} slots empty"
     elif pieces > sms:
-        warps, ctas, splits = half, 2, 1
-        reason = f"{pieces} request heads on {2 * sms} slots, one wave"
+        spec, reason = half, f"{pieces} request heads on {2 * sms} slots, one wave"
     else:
-        one, two = capped(sms // pieces, full), capped(2 * sms // pieces, half)
-        four = capped(sms // pieces, quarter)
-        fill_one, fill_two = pieces * one / sms, pieces * two / (2 * sms)
-        if one == sms // pieces and fill_one >= fill_two - 0.1:
-            warps, ctas, splits = full, 1, one
-            reason = f"{pieces} request heads on {sms} SMs, one wave of the largest CTAs"
-        elif two == 2 * sms // pieces:
-            warps, ctas, splits = half, 2, two
-            reason = f"{pieces} request heads fill {2 * sms} slots better than {sms}, one wave"
-        elif four > one:
-            warps, ctas, splits = quarter, 1, four
-            reason = f"{tiles} tiles a request: small CTAs spread them over the SMs"
-        else:
-            warps, ctas, splits = full, 1, one
-            reason = f"{tiles} tiles a request, one for every warp"
+        # Large CTAs need fewer of them and less merging; smaller ones fill what those would leave empty.
+        choices = [(full, sms), (half, 2 * sms), (quarter, sms)]
+        filled = [pieces * splits_of(spec, slots) / slots for spec, slots in choices]
+        best = next(i for i, share in enumerate(filled) if share >= max(filled) - 0.1)
+        spec, slots = choices[best]
+        splits = splits_of(spec, slots)
+        reason = f"{pieces} request heads in {splits} splits fill {filled[best]:.0%} of {slots} slots in one wave"
     heads = problem.batch * problem.num_qo_heads * splits if splits > 1 else 0
     return Plan(
-        spec=_spec(problem, warps, ctas), splits=splits, column_blocks=blocks, grid=pieces * splits,
+        spec=spec, splits=splits, column_blocks=blocks, grid=pieces * splits,
         workspace_out=heads * problem.head_dim * 4, workspace_state=heads * 8, reason=reason,
     )  # fmt: skip
 
 
 def _fill(ctas: int, slots: int) -> float:
-    """The share of the slots of all waves that `ctas` CTAs use."""
+    """The share of the slots of all waves that ``ctas`` CTAs use."""
     return ctas / (-(-ctas // slots) * slots)

@@ -9,9 +9,10 @@ _PLANNED = ("ROPE_LLAMA", "ALIBI")
 
 def check_pos_encoding_mode(mode: str) -> str:
     """Return ``mode``; NotImplementedError for one that FlashInfer has and we do not yet, ValueError otherwise."""
-    if mode in POSITION_MODES:
+    known = isinstance(mode, str)
+    if known and mode in POSITION_MODES:
         return mode
-    if mode in _PLANNED:
+    if known and mode in _PLANNED:
         raise NotImplementedError(
             f"pos_encoding_mode: {mode!r} is not implemented yet; rotate q and the keys beforehand and pass 'NONE'"
         )

@@ -14,6 +14,10 @@ MAX_HEAD_DIM = 256
 MAX_GROUP_SIZE = 128
 #: Rows start at multiples of this many bytes.
 ROW_ALIGNMENT = 16
+#: Rows of a request: row numbers, and a step beyond them, fit 32 bits.
+MAX_KV_LEN = 2**31 - 2**24
+#: Bytes from one token's row to the next, which the kernels keep in 32 bits.
+MAX_ROW_STRIDE = 2**31 - 16
 
 
 class Facts(NamedTuple):
@@ -94,8 +98,8 @@ class SizeBinder:
         return self._sizes[axis][0]
 
 
-def check_rows(argument: str, facts: Facts, itemsize: int, address: int) -> None:
-    """Rows (the last axis) must be contiguous and start at multiples of 16 bytes; ValueError otherwise."""
+def check_rows(argument: str, facts: Facts, itemsize: int) -> None:
+    """Rows (the last axis) must be contiguous and multiples of 16 bytes apart; ValueError otherwise."""
     if 0 in facts.shape:
         return
     if facts.shape[-1] > 1 and facts.strides[-1] != itemsize:
@@ -109,7 +113,6 @@ def check_rows(argument: str, facts: Facts, itemsize: int, address: int) -> None
                 f"{argument}: expected rows at multiples of {ROW_ALIGNMENT} bytes, got strides "
                 f"{_shape(facts.strides)} in bytes"
             )
-    check_address(argument, address)
 
 
 def check_address(argument: str, address: int) -> None:
@@ -167,11 +170,16 @@ def bind_decode(
         raise ValueError(f"q: expected at most {MAX_GROUP_SIZE} query heads per cache head, got {hq // hkv}")
     if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % 16:
         raise ValueError(f"q: expected a head_dim that is a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
+    if sizes["kv_len"] > MAX_KV_LEN:
+        raise ValueError(f"k: expected at most {MAX_KV_LEN} rows a request, got {sizes['kv_len']}")
     # Strides of the axes (batch, row, head) that the kernels know; a single request's batch axis is never stepped.
     no_batch: tuple[int, ...] = () if batched else (0,)
     q_request, q_head = (*no_batch, *q.strides[:-1])
     k_request, k_row, k_head = (*no_batch, *to_nhd(k.strides, kv_layout)[:-1])
     v_request, v_row, v_head = (*no_batch, *to_nhd(v.strides, kv_layout)[:-1])
+    for argument, stride in (("k", k_row), ("v", v_row)):
+        if sizes["kv_len"] > 1 and abs(stride) > MAX_ROW_STRIDE:
+            raise ValueError(f"{argument}: expected rows at most {MAX_ROW_STRIDE} bytes apart, got {stride}")
     return DecodeProblem(
         batch=sizes["batch"] if batched else 1, kv_len=sizes["kv_len"], num_qo_heads=hq, num_kv_heads=hkv,
         head_dim=head_dim, q_format="f16" if q.dtype == "float16" else "bf16", k_format=k_format, v_format=v_format,

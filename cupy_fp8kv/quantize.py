@@ -15,7 +15,7 @@ from .formats import FP8_FORMATS, Q_DTYPES, KVFormat, float_dtype, format_of_dty
 from .formats import kv_format as format_called
 from .jit.device import cupy_problem, has_gpu
 from .layouts import token_head_axes
-from .problem import Facts, check_rows
+from .problem import Facts, check_address, check_rows
 from .scales import is_number
 
 #: What a computed scale may be common to.
@@ -183,7 +183,7 @@ class _Call:
         array = arrays.adopt(array, argument)
         library = arrays.library_of(array, argument)
         assert library is not None  # adopt() leaves no other
-        address, signature = library.read(array)
+        address, signature = arrays.read(library, array, argument)
         facts = library.facts(signature)
         if facts.dtype not in dtypes:
             raise TypeError(f"{argument}: expected {', '.join(dtypes)}, got {facts.dtype}")
@@ -200,7 +200,8 @@ class _Call:
         if cuda and not has_gpu():
             raise RuntimeError(f"backend: cuda was asked for: {cupy_problem()}")
         if cuda and facts.device != HOST:
-            check_rows(argument, facts, arrays.numpy_dtype(facts.dtype).itemsize, address)
+            check_rows(argument, facts, arrays.numpy_dtype(facts.dtype).itemsize)
+            check_address(argument, address)
         return cls(array, argument, library, facts, address, head if ndim >= 3 else ndim - 2, cuda)
 
     @property

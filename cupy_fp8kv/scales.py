@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import HOST, Library, library_of
+from .arrays import HOST, Library, library_of, read, upload
+from .jit.device import refuse_capture
 
 
 class Scale(NamedTuple):
@@ -36,6 +37,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def number(value: Any, argument: str) -> float:
+    """A number as a float; TypeError for anything else."""
+    if not is_number(value):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+    return float(value)
+
+
 def host_scale(value: Any, argument: str, num_kv_heads: int) -> float | np.ndarray:
     """A scale for the NumPy backend: a number, or float32 ``[num_kv_heads]``. Device arrays are downloaded."""
     if value is None:
@@ -60,13 +68,14 @@ def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library,
     if source is None:
         raise TypeError(f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX")
     count = _check_shape(value, argument, num_kv_heads)
-    address, signature = source.read(value)
+    address, signature = read(source, value, argument)
     facts = source.facts(signature)
     if facts.device == HOST:
         values = np.asarray(source.to_numpy(value), dtype=np.float32).reshape(count)
         if count == 1:
             return Scale(float(values[0]), 0, 0, None)
-        value = library.from_numpy(values, device)
+        refuse_capture(library.stream(device), argument)
+        value = upload(library, values, device)
         address, _ = library.read(value)
         return Scale(1.0, address, 1, value)
     if source is not library:

@@ -1,1 +1,18 @@
-"""Tests import ``oracle`` by name: pyproject.toml puts ``tests/`` on the path. Nothing is shared here on purpose."""
+"""Tests import ``oracle``, ``cases`` and ``pairwise`` by name: pyproject.toml puts ``tests/`` on the path."""
+
+import os
+
+import pytest
+
+from cupy_fp8kv.jit.device import cupy_problem
+
+# JAX would take three quarters of the device's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_collection_modifyitems(items):
+    problem = cupy_problem()
+    if problem:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))

@@ -1,5 +1,5 @@
-// The softmax states and accumulators of a warp's columns. In the fragments of S and of O alike, a lane's two columns of
-// tile n are 8n + 2t and 8n + 2t + 1, so rescaling an accumulator needs no exchange between lanes.
+// The softmax states and accumulators of a warp's columns. In the fragments of S and of O alike, a lane's two columns
+// of tile n are 8n + 2t and 8n + 2t + 1, so rescaling an accumulator needs no exchange between lanes.
 #pragma once
 #include "base/operand.cuh"
 #include "softmax_state.cuh"

@@ -1,6 +1,6 @@
-// The queries of a CTA as B fragments: one column a query head, in the order of the head dimension that a row slice of K
-// comes in. They are read once, converted to the operand type of K without loss, and stay in registers, or in shared
-// memory where registers are needed for more than one tile of columns.
+// The queries of a CTA as B fragments: one column a query head, in the order of the head dimension that a row slice
+// of K comes in. They are read once, converted to the operand type of K without loss, and stay in registers, or in
+// shared memory where registers are needed for more than one tile of columns.
 #pragma once
 #include "base/operand.cuh"
 #include "base/row_slice.cuh"
@@ -27,13 +27,13 @@ class Query {
     static constexpr bool kHasFactor = !kSame && kSameType<Operand, HalfOperand>;
     static constexpr int kSharedBytes = SHARED ? COLUMN_TILES * (kSteps * kTerms * 32 * 8 + 8 * 4) : 0;
 
-    // `row(column)`: where the query of a column lies. `shared`: kSharedBytes of the team.
-    template <class Team, class Row>
-    DEVICE Query(Row row, const Team& team, const Lane& lane, u8* shared) {
+    // `row(column)`: where the query of a column lies. `shared`: kSharedBytes.
+    template <class Row>
+    DEVICE Query(Row row, const Lane& lane, u8* shared) {
         if constexpr (SHARED) {
             fragments_ = reinterpret_cast<uint2*>(shared) + lane.index();
             float* factors = reinterpret_cast<float*>(shared + COLUMN_TILES * kSteps * kTerms * 32 * 8);
-            for (int n = team.rank; n < COLUMN_TILES; n += Team::kWarps) {
+            for (int n = lane.warp; n < COLUMN_TILES; n += blockDim.x / 32) {
                 u32 column[kSteps][kTerms][2];
                 const float factor = load(row(8 * n + lane.group), lane, column);
 #pragma unroll
@@ -59,14 +59,19 @@ class Query {
         }
     }
 
-    // Adds the products of 16 rows of K with the columns of tile n: `low` and `high` are the slices of rows g and g + 8.
-    DEVICE void multiply(const u32* low, const u32* high, float (&scores)[COLUMN_TILES][4]) const {
+    // Adds the products of the rows of a KTile with all columns.
+    template <class Keys, int SUBTILES>
+    DEVICE void multiply(const Keys& keys, float (&scores)[SUBTILES][COLUMN_TILES][4]) const {
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
-            u32 a_low[2], a_high[2];
-            KFormat::row_pairs(low, s, a_low);
-            KFormat::row_pairs(high, s, a_high);
-            const u32 a[4] = {a_low[0], a_high[0], a_low[1], a_high[1]};
+            u32 a[SUBTILES][4];
+#pragma unroll
+            for (int r = 0; r < SUBTILES; r++) {
+                u32 low[2], high[2];
+                KFormat::row_pairs(keys.low[r], s, low);
+                KFormat::row_pairs(keys.high[r], s, high);
+                a[r][0] = low[0], a[r][1] = high[0], a[r][2] = low[1], a[r][3] = high[1];
+            }
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
@@ -76,7 +81,8 @@ class Query {
                         b = fragment(n, s, i);
                     else
                         b = make_uint2(registers_[n][s][i][0], registers_[n][s][i][1]);
-                    Operand::mma(scores[n], a, b.x, b.y);
+#pragma unroll
+                    for (int r = 0; r < SUBTILES; r++) Operand::mma(scores[r][n], a[r], b.x, b.y);
                 }
         }
     }

@@ -10,6 +10,7 @@ struct KTile {
     u32 low[SUBTILES][Slice::kWords];
     u32 high[SUBTILES][Slice::kWords];
 
+    // `rows`: each from this lane's Slice::begin on.
     template <class Rows>
     DEVICE void load(const Rows& rows, const RowRange& range, int first, const Lane& lane) {
 #pragma unroll
@@ -21,8 +22,8 @@ struct KTile {
     }
 };
 
-// SUBTILES times 16 rows of V. A lane holds its slice of rows 2t, 2t + 1, 2t + 8 and 2t + 9 of each: after pairing bytes
-// across rows it has, for every pair of head dimensions, the A fragment of the transposed tile.
+// SUBTILES times 16 rows of V. A lane holds its slice of rows 2t, 2t + 1, 2t + 8 and 2t + 9 of each: after pairing
+// bytes across rows it has, for every pair of head dimensions, the A fragment of the transposed tile.
 template <class Format, int HEAD_DIM, int SUBTILES>
 struct VTile {
     using Slice = RowSlice<HEAD_DIM * Format::kBytes, 8>;
@@ -34,10 +35,19 @@ struct VTile {
 #pragma unroll
         for (int r = 0; r < SUBTILES; r++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int row = first + 16 * r + 2 * lane.thread + (i % 2) + 8 * (i / 2);
-                Slice::load(rows_[r][i], rows.row(range.clamp(row)), lane.group);
-            }
+            for (int i = 0; i < 4; i++)
+                Slice::load(rows_[r][i], rows.row(range.clamp(row_of(first, r, i, lane))), lane.group);
+    }
+
+    // Zeroes what was loaded in place of rows that `range` does not have.
+    DEVICE void clear_beyond(const RowRange& range, int first, const Lane& lane) {
+#pragma unroll
+        for (int r = 0; r < SUBTILES; r++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (!range.visible(row_of(first, r, i, lane)))
+#pragma unroll
+                    for (int w = 0; w < Slice::kWords; w++) rows_[r][i][w] = 0;
     }
 
     // Head dimension of result row g (second = 0) or g + 8 (second = 1) of tile j.
@@ -58,5 +68,10 @@ struct VTile {
 #pragma unroll
                 for (int i = 0; i < TERMS; i++) Format::Operand::mma(out[n][j], a, weights[n][i][0], weights[n][i][1]);
         }
+    }
+
+  private:
+    static DEVICE int row_of(int first, int r, int i, const Lane& lane) {
+        return first + 16 * r + 2 * lane.thread + (i % 2) + 8 * (i / 2);
     }
 };

@@ -113,10 +113,16 @@ DEVICE float f16_float(u32 low_half) {
 
 // ---------------------------------------------------------------------------------------------- FP8 in hardware
 #if FP8_HARDWARE
-DEVICE u32 f16x2_from_e4m3x2(u16 codes) {
-    u32 out;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(codes));
-    return out;
+// Four codes to two fp16 pairs. The halves are taken apart inside, where ptxas reads the upper one in place.
+DEVICE void f16x4_from_e4m3x4(u32 codes, u32 (&pairs)[2]) {
+    asm("{\n\t"
+        ".reg .b16 low, high;\n\t"
+        "mov.b32 {low, high}, %2;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n\t"
+        "}"
+        : "=r"(pairs[0]), "=r"(pairs[1])
+        : "r"(codes));
 }
 
 // Saturates to the largest finite value; NaN becomes 0x7F.

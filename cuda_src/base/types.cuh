@@ -14,25 +14,13 @@ struct Lane {
     int group;   // 0..7: a row of A and C, a column of B
     int thread;  // 0..3: a pair of columns of A and C, a pair of rows of B
 
+    int warp;
+
     static DEVICE Lane self() {
         const int lane = threadIdx.x % 32;
-        return {lane / 4, lane % 4};
+        return {lane / 4, lane % 4, static_cast<int>(threadIdx.x / 32)};
     }
     DEVICE int index() const { return 4 * group + thread; }
-};
-
-// The warps of a CTA that work on the same cache head. Neighbouring warps belong to neighbouring heads, whose rows are
-// neighbours in memory where the layout is NHD.
-template <int TEAMS, int WARPS>
-struct Team {
-    static constexpr int kWarps = WARPS;
-    int index;  // 0..TEAMS - 1
-    int rank;   // 0..WARPS - 1: this warp in its team
-
-    static DEVICE Team self() {
-        const int warp = threadIdx.x / 32;
-        return {warp % TEAMS, warp / TEAMS};
-    }
 };
 
 template <class T>

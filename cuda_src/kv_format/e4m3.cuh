@@ -7,10 +7,7 @@ struct E4M3 : Fp8Format<E4M3> {
 #if FP8_HARDWARE
     static constexpr float kGain = 1.0f;
 
-    static DEVICE void decode_word(u32 word, u32 (&pairs)[2]) {
-        pairs[0] = ptx::f16x2_from_e4m3x2(static_cast<u16>(word));
-        pairs[1] = ptx::f16x2_from_e4m3x2(static_cast<u16>(word >> 16));
-    }
+    static DEVICE void decode_word(u32 word, u32 (&pairs)[2]) { ptx::f16x4_from_e4m3x4(word, pairs); }
 
     static DEVICE u32 encode_pair(float lo, float hi) { return ptx::e4m3x2_from_floats(lo, hi); }
 #else

@@ -21,7 +21,8 @@ struct WideFormat {
     // Four neighbouring values as floats, and back.
     static DEVICE float4 load_4(const u8* from) {
         const uint2 pairs = *reinterpret_cast<const uint2*>(from);
-        return make_float4(Operand::low(pairs.x), Operand::high(pairs.x), Operand::low(pairs.y), Operand::high(pairs.y));
+        return make_float4(Operand::low(pairs.x), Operand::high(pairs.x),  //
+                           Operand::low(pairs.y), Operand::high(pairs.y));
     }
     static DEVICE void store_4(u8* to, const float4& x) {
         *reinterpret_cast<uint2*>(to) = make_uint2(Operand::pack(x.x, x.y), Operand::pack(x.z, x.w));

@@ -6,9 +6,11 @@
 // Where the rows of one request and head lie.
 struct StridedRows {
     const u8* first;
-    i64 stride;
+    int stride;
 
-    DEVICE const u8* row(int index) const { return first + index * stride; }
+    // The same rows, each from its byte `offset` on.
+    DEVICE StridedRows from(int offset) const { return {first + offset, stride}; }
+    DEVICE const u8* row(int index) const { return first + static_cast<i64>(index) * stride; }
 };
 
 struct PaddedLayout {

@@ -2,10 +2,10 @@
 #pragma once
 #include "params.cuh"
 
-// One CTA's share: some query heads of the cache heads of a block, over one part of the rows of one request.
+// One CTA's share: some query heads of one cache head, over one part of the rows of one request.
 struct Work {
     int request;
-    int head_block;
+    int kv_head;
     int column_block;
     int split;
 };
@@ -17,8 +17,8 @@ struct UniformSchedule {
         Work w;
         const int columns = p.column_blocks.quotient(index);
         w.column_block = p.column_blocks.remainder(index, columns);
-        const int heads = p.head_blocks.quotient(columns);
-        w.head_block = p.head_blocks.remainder(columns, heads);
+        const int heads = p.num_kv_heads.quotient(columns);
+        w.kv_head = p.num_kv_heads.remainder(columns, heads);
         w.request = p.splits.quotient(heads);
         w.split = p.splits.remainder(heads, w.request);
         return w;

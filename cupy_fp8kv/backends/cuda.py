@@ -12,7 +12,7 @@ from ..plan import Plan, plan_decode
 from ..problem import DecodeProblem
 
 #: Fields of DecodeParams and MergeParams that change from call to call.
-_DECODE_LEADING = 19
+_DECODE_LEADING = 18
 _MERGE_LEADING = 5
 #: Fields of QuantizeParams likewise.
 _QUANTIZE_LEADING = 4
@@ -35,10 +35,9 @@ class PreparedDecode:
             v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            group_size=problem.group_size,
+            kv_len=problem.kv_len, group_size=problem.group_size,
             **divisors(
-                head_blocks=problem.num_kv_heads // plan.spec.teams, column_blocks=plan.column_blocks,
-                splits=plan.splits,
+                num_kv_heads=problem.num_kv_heads, column_blocks=plan.column_blocks, splits=plan.splits,
             ),
         )  # fmt: skip
         self._launch = Launch(compiler.load(plan.spec, device), plan.grid, params)
@@ -51,50 +50,27 @@ class PreparedDecode:
             grid = problem.batch * problem.num_qo_heads
             self._merge = Launch(compiler.load(MergeSpec(problem.q_format), device), grid, params, dependent=True)
 
-    def run(
-        self,
-        library: Library,
-        q: int,
-        k: int,
-        v: int,
-        out: int,
-        lse: int,
-        kv_lens: int,
-        q_scale: int,
-        k_scale: int,
-        v_scale: int,
-        k_scale_stride: int,
-        v_scale_stride: int,
-        logit_scale: float,
-        out_scale: float,
-        soft_cap: float,
-        lse_unit: float,
-        window_left: int,
-    ) -> None:
-        """Launch on the caller's current stream. Everything but the numbers is a device address, 0 for none."""
+    def run(self, library: Library, values: tuple[int | float, ...]) -> None:
+        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""
         if self._runtime.getDevice() != self.device:
             with on_device(self._runtime, self.device):
-                self.run(
-                    library, q, k, v, out, lse, kv_lens, q_scale, k_scale, v_scale, k_scale_stride, v_scale_stride,
-                    logit_scale, out_scale, soft_cap, lse_unit, window_left,
-                )  # fmt: skip
-            return
+                self._run(library, values)
+        else:
+            self._run(library, values)
+
+    def _run(self, library: Library, values: tuple[int | float, ...]) -> None:
         plan = self.plan
         if plan.grid == 0:
             return
         stream = library.stream(self.device)
-        workspace, partial_out, partial_state = None, 0, 0
-        if plan.splits > 1:
-            # Freed when this returns, in the order of the stream: the allocator hands it to later work only.
-            workspace, partial_out = library.workspace(plan.workspace, self.device)
-            partial_state = partial_out + plan.workspace_out
-        self._launch(
-            stream, q, k, v, out, lse, kv_lens, q_scale, k_scale, v_scale, partial_out, partial_state, logit_scale,
-            out_scale, soft_cap, lse_unit, window_left, self.problem.kv_len, k_scale_stride, v_scale_stride,
-        )  # fmt: skip
-        if plan.splits > 1:
-            self._merge(stream, partial_out, partial_state, out, lse, lse_unit)
-        del workspace
+        if plan.splits == 1:
+            self._launch(stream, 0, 0, *values)
+            return
+        # What the workspace's owner frees when this returns is freed in the order of the stream.
+        _workspace, partial_out = library.workspace(plan.workspace, self.device, stream)
+        partial_state = partial_out + plan.workspace_out
+        self._launch(stream, partial_out, partial_state, *values)
+        self._merge(stream, partial_out, partial_state, *values[:3])
 
 
 class RowAxes:

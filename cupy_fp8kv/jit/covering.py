@@ -36,30 +36,28 @@ def _problem(q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: b
 def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Few choices of one value a factor, such that any two values of two factors meet in one of them.
 
-    Greedy and deterministic: each choice starts from the first pair that is missing and takes, factor by factor, the
-    value that adds most missing pairs (the least used of equals).
+    Greedy and deterministic: each choice starts from the first pair that has not met yet and takes, factor by factor,
+    the value that makes most new pairs (of equals the one whose pairs have met least).
     """
     names = list(factors)
-    missing = {
-        ((a, x), (b, y)): None for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
-    }
-    used = {(name, value): 0 for name in names for value in factors[name]}
+    met = {
+        ((a, x), (b, y)): 0 for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
+    }  # fmt: skip
     chosen: list[dict[str, Any]] = []
-    while missing:
-        row = dict(next(iter(missing)))
 
-        def gain(name: str, value: Any, row: dict[str, Any] = row) -> tuple[int, int]:
-            pairs = (((n, v), (name, value)) if names.index(n) < names.index(name) else ((name, value), (n, v))
-                     for n, v in row.items())  # fmt: skip
-            return sum(pair in missing for pair in pairs), -used[name, value]
+    def gain(row: dict[str, Any], name: str, value: Any) -> tuple[int, int]:
+        item, at = (name, value), names.index(name)
+        counts = [met[(other, item) if names.index(other[0]) < at else (item, other)] for other in row.items()]
+        return counts.count(0), -sum(counts)
 
+    while start := next((pair for pair, count in met.items() if not count), None):
+        row = dict(start)
         for name in names:
             if name not in row:
-                row[name] = max(factors[name], key=lambda value, name=name: gain(name, value))  # type: ignore[misc]
+                gains = {value: gain(row, name, value) for value in factors[name]}
+                row[name] = max(gains, key=gains.__getitem__)
         for pair in itertools.combinations(((name, row[name]) for name in names), 2):
-            missing.pop(pair, None)
-        for item in row.items():
-            used[item] += 1
+            met[pair] += 1
         chosen.append(row)
     return chosen
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 from ..plan import DeviceInfo
@@ -13,10 +12,12 @@ from ..plan import DeviceInfo
 @functools.cache
 def cupy_problem() -> str | None:
     """Why CuPy cannot run a kernel here, or None if it can."""
-    if importlib.util.find_spec("cupy") is None:
-        return 'CuPy is not installed: pip install "cupy_fp8kv[cuda12]" (or cuda13)'
     try:
         cupy = importlib.import_module("cupy")
+    except ModuleNotFoundError as error:
+        if error.name == "cupy":
+            return 'CuPy is not installed: pip install "cupy_fp8kv[cuda12]" (or cuda13)'
+        return f"CuPy cannot be imported: {error}"
     except Exception as error:  # a broken installation raises whatever it likes
         return f"CuPy cannot be imported: {type(error).__name__}: {error}"
     try:
@@ -36,6 +37,12 @@ def require_cupy() -> Any:
     if problem:
         raise RuntimeError(f"the CUDA backend cannot run: {problem}")
     return importlib.import_module("cupy")
+
+
+def refuse_capture(stream: int, argument: str) -> None:
+    """RuntimeError while ``stream`` is being captured: a graph must not hold a copy from host memory."""
+    if require_cupy().cuda.runtime.streamIsCapturing(stream):
+        raise RuntimeError(f"{argument}: an array on the host cannot be captured into a graph; pass a device array")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import sys
 from typing import Any
 
 from .compiler import Kernel
@@ -35,14 +36,26 @@ def launch_kernel() -> Any:
 
 
 @functools.cache
-def _launch_ex() -> Any:
-    """``cuLaunchKernelEx``, which CuPy does not bind, or None with a driver that lacks it."""
+def _driver_function(name: str, arguments: int) -> Any:
+    """A function of the driver that CuPy does not bind, or None with a driver that lacks it."""
     try:
-        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+        function = getattr(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), name)
     except (OSError, AttributeError):
         return None
-    function.argtypes = (ctypes.c_void_p,) * 4
+    function.argtypes = (ctypes.c_void_p,) * arguments
     return function
+
+
+def capture_id(stream: int) -> int:
+    """The number of the capture that ``stream`` takes part in; each capture of a process has its own."""
+    status, number = ctypes.c_int(0), ctypes.c_ulonglong(0)
+    get_info = _driver_function("cuStreamGetCaptureInfo_v2", 6)
+    error = 1
+    if get_info is not None:
+        error = get_info(stream, ctypes.addressof(status), ctypes.addressof(number), None, None, None)
+    if error or status.value != 1:
+        raise RuntimeError(f"the driver does not tell which capture stream {stream:#x} is in (error {error})")
+    return number.value
 
 
 class Launch:
@@ -60,7 +73,8 @@ class Launch:
         self._spec = kernel.spec
         self._handle = kernel.handle
         self._launch = launch_kernel()
-        self._launch_ex = _launch_ex() if dependent and device_info(kernel.device).arch >= 90 else None
+        early = dependent and device_info(kernel.device).arch >= 90
+        self._launch_ex = _driver_function("cuLaunchKernelEx", 4) if early else None
         # Grid, block, shared memory: what stands between the function and the stream in a launch.
         self._arguments = (kernel.handle, grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
         attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)

@@ -56,7 +56,8 @@ class ParamBlock:
             raise AssertionError(f"{name}: fields after the first {leading} do not match; missing {missing}")
         whole = struct.Struct("@" + "".join(code for _, code in fields))
         head = struct.Struct("@" + "".join(code for _, code in fields[:leading]))
-        self._buffer = ctypes.create_string_buffer(whole.size)
+        # A launch copies sizeof(struct) bytes: padded at the end to the alignment of its pointers.
+        self._buffer = ctypes.create_string_buffer(-(-whole.size // 8) * 8)
         values: list[Any] = [0] * leading + [fixed[field] for field, _ in fields[leading:]]
         whole.pack_into(self._buffer, 0, *values)
         self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))

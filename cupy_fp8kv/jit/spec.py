@@ -8,6 +8,9 @@ from ..formats import KV_FORMATS, kv_format
 from ..positions import POSITION_MODES
 from . import sources
 
+#: Fragment registers that fit a thread with 255 registers without a spill.
+MOST_FRAGMENT_REGISTERS = 224
+
 
 def _constants(**values: int | bool) -> list[str]:
     lines = []
@@ -33,7 +36,6 @@ class DecodeSpec:
     subtiles: int
     warps: int
     ctas_per_sm: int
-    teams: int = 1
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
@@ -51,6 +53,24 @@ class DecodeSpec:
         return self.column_tiles * self.query_terms * self.head_dim // 8 > 16
 
     @property
+    def fragment_registers(self) -> int:
+        """Registers of a thread that hold fragments while a tile is worked on; some 40 more hold everything else."""
+        steps = self.head_dim // 16
+        accumulators = 4 * self.column_tiles * (steps + self.subtiles)
+        values = self.subtiles * 4 * -(-steps * KV_FORMATS[self.v].itemsize // 2)
+        query = 0 if self.query_shared else 2 * steps * self.column_tiles * self.query_terms
+        return accumulators + self.key_registers + values + query
+
+    @property
+    def key_registers(self) -> int:
+        return self.subtiles * self.head_dim // 8 * KV_FORMATS[self.k].itemsize
+
+    @property
+    def early_keys(self) -> bool:
+        """Whether the next rows of K are asked for before this tile's products: two tiles of K are held then."""
+        return self.fragment_registers + self.key_registers <= MOST_FRAGMENT_REGISTERS
+
+    @property
     def tile_rows(self) -> int:
         return 16 * self.subtiles
 
@@ -64,8 +84,11 @@ class DecodeSpec:
         steps = self.head_dim // 16
         query = self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4) if self.query_shared else 0
         states = self.warps * self.column_tiles * 8 * 8
-        piece = self.warps * 8 * (16 * min(steps, 8) + 4) * 4
-        return self.teams * query + states + piece
+        # combine.cuh: one tile of columns at a time where all do not fit.
+        tile = self.warps * 8 * (16 * min(steps, 8) + 4) * 4
+        most = 72_000 if self.ctas_per_sm == 1 else 64_000 // self.ctas_per_sm
+        tiles = self.column_tiles if self.column_tiles * tile <= most else 1
+        return query + states + tiles * tile
 
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
@@ -75,9 +98,9 @@ class DecodeSpec:
         lines += ["using Scale = HeadScale;", "using Layout = PaddedLayout;", f"using Position = {position};"]
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
-            kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kTeams=self.teams,
-            kWarps=self.warps, kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kSoftCap=self.soft_cap,
-            kSharedBytes=self.shared_bytes,
+            kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
+            kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kEarlyKeys=self.early_keys,
+            kSoftCap=self.soft_cap, kSharedBytes=self.shared_bytes,
         )  # fmt: skip
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")
 
@@ -89,7 +112,7 @@ class DecodeSpec:
         position = "" if self.position == "NONE" else f" {self.position}"
         return (
             f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
-            f"rows={self.tile_rows} heads={self.teams} warps={self.warps}x{self.ctas_per_sm}{position}{flags}]"
+            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{position}{flags}]"
         )
 
 

@@ -1,0 +1,134 @@
+"""Input sets on the device: the same call on different memory, so that timing goes round more than the caches hold.
+
+Caches are filled by device copies from a few megabytes of seeded normal values, each set from another offset: neither
+a random generator of the GPU nor any kernel but the measured ones is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from .. import decode
+from ..arrays import cupy_library
+from ..backends import reference
+from ..formats import KV_FORMATS, KVFormat
+from ..jit.device import require_cupy
+from .suites import Shape
+from .timing import sets_needed
+
+#: Values that all caches are copied from. Odd, so that repetitions do not line up with rows or pages.
+_BASE_ELEMENTS = (8 << 20) + 16 * 5
+#: Elements of K that the oracle of an error may decode; a long request is checked in its first heads.
+_MOST_CHECKED = 1 << 24
+
+
+class Filler:
+    """Fills device memory with normal values in any format; host copies of the values are made once a format."""
+
+    def __init__(self, seed: int = 0):
+        self._cupy = require_cupy()
+        self._normal = np.random.default_rng(seed).standard_normal(_BASE_ELEMENTS, np.float32)
+        self._bases: dict[str, Any] = {}
+
+    def _base(self, fmt: KVFormat) -> Any:
+        if fmt.name not in self._bases:
+            values = reference.encode(self._normal, fmt) if fmt.is_fp8 else self._normal.astype(fmt.dtype)
+            self._bases[fmt.name] = self._cupy.asarray(values.view(np.uint8))
+        return self._bases[fmt.name]
+
+    def cache(self, shape: tuple[int, ...], fmt: KVFormat, place: int) -> Any:
+        """A cache; ``place`` chooses where its values begin. FP8 comes as uint8 codes."""
+        base, runtime = self._base(fmt), self._cupy.cuda.runtime
+        target = self._cupy.empty(int(np.prod(shape)) * fmt.itemsize, np.uint8)
+        at, offset = 0, place * 1_000_003 * 16 * fmt.itemsize % base.nbytes
+        stream = self._cupy.cuda.get_current_stream().ptr
+        while at < target.nbytes:
+            count = min(target.nbytes - at, base.nbytes - offset)
+            runtime.memcpyAsync(
+                target.data.ptr + at, base.data.ptr + offset, count, runtime.memcpyDeviceToDevice, stream
+            )
+            at, offset = at + count, 0
+        return (target if fmt.is_fp8 else target.view(fmt.dtype)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class InputSets:
+    """The calls of one shape: ``call(s)`` decodes set ``s`` into ``outs[s]``."""
+
+    shape: Shape
+    qs: Sequence[Any]
+    caches: Sequence[tuple[Any, Any]]
+    outs: Sequence[Any]
+    scales: dict[str, Any]  # CuPy arrays by argument
+
+    @classmethod
+    def of(cls, shape: Shape, filler: Filler, sets: int | None = None) -> InputSets:
+        cupy, library = require_cupy(), cupy_library()
+        sets = sets or sets_needed(cupy, shape.kv_bytes)
+        rng = np.random.default_rng(1)
+        q_shape = (shape.batch, shape.num_qo_heads, shape.head_dim)
+        q_dtype = KV_FORMATS[shape.q].dtype
+        queries = [rng.standard_normal(q_shape, np.float32).astype(q_dtype) for _ in range(sets)]
+        caches = [
+            (
+                filler.cache(shape.cache_shape, KV_FORMATS[shape.k], 2 * s),
+                filler.cache(shape.cache_shape, KV_FORMATS[shape.v], 2 * s + 1),
+            )
+            for s in range(sets)
+        ]
+        scales = {}
+        if shape.head_scales:
+            values = rng.uniform(0.5, 1.5, (2, shape.num_kv_heads)).astype(np.float32)
+            scales = {name: cupy.asarray(row) for name, row in zip(("k_scale", "v_scale"), values, strict=True)}
+        qs = [library.from_numpy(q, 0) for q in queries]
+        outs = [library.empty(q_shape, q_dtype.name, 0)[0] for _ in range(sets)]
+        return cls(shape, qs, caches, outs, scales)
+
+    @classmethod
+    def in_fp16(cls, shape: Shape, filler: Filler, sets: int) -> InputSets:
+        """The same with a cache of fp16: twice the bytes, so half the sets do."""
+        return cls.of(replace(shape, k="f16", v="f16"), filler, max(2, -(-sets // 2)))
+
+    def __len__(self) -> int:
+        return len(self.qs)
+
+    @cached_property
+    def calls(self) -> list[Callable[[], Any]]:
+        """Each set's call, with what only uint8 codes other than E4M3FN, or scales, ask for."""
+        options = dict(self.scales)
+        if (self.shape.k, self.shape.v) != ("e4m3", "e4m3"):
+            options["kv_format"] = (self.shape.k, self.shape.v)
+        return [
+            partial(decode.batch_decode_with_padded_kv_cache, q, k, v, self.shape.kv_layout, out=out, **options)
+            for q, (k, v), out in zip(self.qs, self.caches, self.outs, strict=True)
+        ]
+
+    def call(self, s: int) -> None:
+        self.calls[s]()
+
+    def error(self) -> float:
+        """Relative L2 of what the last set's out holds against float64, on the last request (or its first heads)."""
+        shape, library = self.shape, cupy_library()
+        request = shape.batch - 1
+        k, v = (library.to_numpy(cache[request]) for cache in self.caches[-1])
+        if shape.kv_layout == "HND":
+            k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        heads = max(1, min(shape.num_kv_heads, _MOST_CHECKED // max(1, shape.kv_len * shape.head_dim)))
+        query_heads = heads * (shape.num_qo_heads // shape.num_kv_heads)
+        scales: dict[str, Any] = {name: library.to_numpy(scale)[:heads] for name, scale in self.scales.items()}
+        want, _ = reference.attention(
+            library.to_numpy(self.qs[-1][request])[None, :query_heads], k[None, :, :heads], v[None, :, :heads],
+            k_format=KV_FORMATS[shape.k], v_format=KV_FORMATS[shape.v], sm_scale=shape.head_dim**-0.5,
+            compute_dtype=np.float64, **scales,
+        )  # fmt: skip
+        return relative_l2(library.to_numpy(self.outs[-1][request])[None, :query_heads], want)
+
+
+def relative_l2(got: Any, want: Any) -> float:
+    """``|got - want| / |want|``"""
+    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))

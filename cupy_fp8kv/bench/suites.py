@@ -1,0 +1,94 @@
+"""What is timed: named shapes, in suites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..formats import KV_FORMATS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decode call over full-length caches. ``head_scales``: K and V with a scale for every head, on the device."""
+
+    name: str
+    batch: int
+    kv_len: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+    q: str = "f16"
+    k: str = "e4m3"
+    v: str = "e4m3"
+    kv_layout: str = "NHD"
+    head_scales: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Of K, and of V."""
+        return self.batch * self.kv_len * self.num_kv_heads * self.head_dim
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.elements * (KV_FORMATS[self.k].itemsize + KV_FORMATS[self.v].itemsize)
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        rows = (self.kv_len, self.num_kv_heads) if self.kv_layout == "NHD" else (self.num_kv_heads, self.kv_len)
+        return (self.batch, *rows, self.head_dim)
+
+
+_DECODE = (
+    Shape("mha.b1.l1k", 1, 1024, 32, 32),
+    Shape("mha.b16.l1k", 16, 1024, 32, 32),
+    Shape("mha.b64.l1k", 64, 1024, 32, 32),
+    Shape("mha.b16.l4k", 16, 4096, 32, 32),
+    Shape("mha.b1.l32k", 1, 32768, 32, 32),
+    Shape("mha.b4.l8k", 4, 8192, 32, 32),
+    Shape("gqa4.b1.l32k", 1, 32768, 32, 8),
+    Shape("gqa4.b16.l4k", 16, 4096, 32, 8),
+    Shape("gqa4.b64.l4k", 64, 4096, 32, 8),
+    Shape("gqa4.b128.l1k", 128, 1024, 32, 8),
+    Shape("gqa4.b256.l512", 256, 512, 32, 8),
+    Shape("gqa8.b1.l128k", 1, 131072, 64, 8),
+    Shape("gqa8.b16.l8k", 16, 8192, 64, 8),
+    Shape("gqa8.b64.l4k", 64, 4096, 64, 8),
+    Shape("gqa16.b16.l4k", 16, 4096, 128, 8),
+    Shape("d64.gqa4.b64.l4k", 64, 4096, 32, 8, 64),
+    Shape("d256.gqa2.b16.l4k", 16, 4096, 16, 8, 256),
+)
+
+_SMALL = (
+    Shape("mha.b1.l128", 1, 128, 32, 32),
+    Shape("mha.b1.l1k", 1, 1024, 32, 32),
+    Shape("gqa4.b1.l128", 1, 128, 32, 8),
+    Shape("gqa4.b1.l1k", 1, 1024, 32, 8),
+    Shape("gqa4.b1.l8k", 1, 8192, 32, 8),
+    Shape("gqa8.b1.l2k", 1, 2048, 64, 8),
+    Shape("gqa8.b1.l16k", 1, 16384, 64, 8),
+)
+
+
+def _formats() -> tuple[Shape, ...]:
+    base = Shape("", 16, 4096, 32, 8)
+    shapes = [replace(base, name=name, k=name, v=name) for name in KV_FORMATS]
+    shapes += [
+        replace(base, name="k.f16.v.e4m3", k="f16"),
+        replace(base, name="k.e4m3.v.e5m2", v="e5m2"),
+        replace(base, name="q.bf16", q="bf16"),
+        replace(base, name="hnd", kv_layout="HND"),
+        replace(base, name="head_scales", head_scales=True),
+    ]
+    return tuple(shapes + [replace(base, name=f"group{group}", num_qo_heads=8 * group) for group in (3, 5, 6, 7)])
+
+
+SUITES = {"decode": _DECODE, "small": _SMALL, "formats": _formats()}
+
+
+def chosen(suite: str, prefixes: list[str]) -> list[Shape]:
+    """The shapes of a suite whose names start with one of ``prefixes``; all without any. ValueError if none does."""
+    shapes = [shape for shape in SUITES[suite] if not prefixes or shape.name.startswith(tuple(prefixes))]
+    if not shapes:
+        names = ", ".join(shape.name for shape in SUITES[suite])
+        raise ValueError(f"no shape of suite {suite} starts with {' or '.join(prefixes)}; it has {names}")
+    return shapes

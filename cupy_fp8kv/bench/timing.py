@@ -1,0 +1,100 @@
+"""How long a call takes on the device, and how long it keeps the host.
+
+Device: a CUDA graph of many calls, which go round several input sets that together exceed the L2 cache, is replayed;
+the figure is the median replay divided by its calls, so a call carries its own launch gap and finds nothing cached.
+Host: the wall time until an eager call returns, nothing waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+METHOD = (
+    "median of CUDA graph replays, each of many calls over input sets that together exceed 4 times the L2 cache; "
+    "limit: the fastest of several kernels that only read the same bytes, in the same run"
+)
+#: Input sets hold this many times the L2 cache.
+_L2_MULTIPLE = 4.2
+#: A replay should take about so long, and has at most so many calls.
+_REPLAY_US = 2000.0
+_MOST_CALLS = 480
+_MOST_SECONDS = 3.0
+#: What the length of a replay is guessed from; only its order of magnitude matters.
+_GUESSED_BYTES_PER_US = 3.3e6
+
+Call = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: the median replay, and those that a tenth of the replays stay below and above."""
+
+    us: float
+    low: float
+    high: float
+
+
+def l2_bytes(cupy: Any) -> int:
+    return int(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["l2CacheSize"])
+
+
+def sets_needed(cupy: Any, set_bytes: int) -> int:
+    """How many input sets of ``set_bytes`` a timing must go round."""
+    return max(2, math.ceil(_L2_MULTIPLE * l2_bytes(cupy) / max(1, set_bytes)))
+
+
+def time_calls(cupy: Any, call: Call, sets: int, set_bytes: int, *, replays: int = 21) -> Timing:
+    """Time ``call(s)``: it launches on CuPy's current stream with input set ``s < sets``, into memory it is given."""
+    calls = max(sets, math.ceil(_REPLAY_US / max(1.0, set_bytes / _GUESSED_BYTES_PER_US)))
+    calls = min(math.ceil(calls / sets) * sets, max(_MOST_CALLS // sets * sets, sets))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    times: list[float] = []
+    cupy.cuda.runtime.deviceSynchronize()  # inputs may come from another stream
+    with stream:
+        # Compiles, and leaves the workspace of a call in this stream's pool: a capture should find it there.
+        for index in range(3):
+            call(index % sets)
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            for index in range(calls):
+                call(index % sets)
+        except BaseException:
+            with contextlib.suppress(Exception):  # says only that the capture was spoilt
+                stream.end_capture()
+            raise
+        graph = stream.end_capture()
+        for _ in range(3):
+            graph.launch(stream)
+        stream.synchronize()
+        give_up = time.perf_counter() + _MOST_SECONDS
+        while len(times) < replays and (len(times) < 5 or time.perf_counter() < give_up):
+            start.record(stream)
+            graph.launch(stream)
+            stop.record(stream)
+            stop.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(start, stop) * 1e3 / calls)
+    times.sort()
+    return Timing(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
+
+
+def host_us(cupy: Any, call: Call, sets: int, *, calls: int = 40, blocks: int = 5) -> float:
+    """Microseconds until an eager call returns: the median of some blocks of calls, fewer than a stream can queue."""
+    times = []
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        call(0)
+        for _ in range(blocks):
+            stream.synchronize()
+            started = time.perf_counter()
+            for index in range(calls):
+                call(index % sets)
+            times.append((time.perf_counter() - started) / calls * 1e6)
+        stream.synchronize()
+    return statistics.median(times)

@@ -1,0 +1,191 @@
+"""The command line: arguments and exit codes. What a command does is in the module it imports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__, terminal
+from .formats import KV_FORMATS
+from .jit.compiler import ARCHITECTURES
+from .jit.covering import SETS
+
+INTERRUPTED = 130
+_EXIT_CODES = "exit codes: 0 all is well, 1 a failure (wrong result, compile error, spill, no GPU), 2 usage, 130 Ctrl-C"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("cupy_fp8kv: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has gone; closing stdout at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (terminal.CommandError, RuntimeError, OSError, MemoryError) as error:
+        print(f"cupy_fp8kv: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _architectures(text: str) -> list[int]:
+    archs = []
+    for name in text.split(","):
+        digits = name.strip().removeprefix("sm_")
+        if not digits.isdigit() or int(digits) < 80:
+            raise argparse.ArgumentTypeError(f"expected architectures from sm_80 on like sm_80,sm_90, got {name!r}")
+        archs.append(int(digits))
+    return archs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cupy_fp8kv", description="Attention over FP8 KV caches: try it, look at it, measure it.",
+        epilog=_EXIT_CODES,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"cupy_fp8kv {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, help: str, description: str, *examples: str) -> argparse.ArgumentParser:
+        lines = "\n".join(f"  python -m cupy_fp8kv {name} {example}".rstrip() for example in examples)
+        made = commands.add_parser(
+            name, help=help, description=description, epilog=f"examples:\n{lines}\n\n{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        made.set_defaults(run=run, parser=made)
+        return made
+
+    demo = command(
+        "demo", _demo, "run the field's example on what this machine has",
+        "Decodes one batch over a quantised cache, on the GPU if there is one and in NumPy otherwise, and holds the\n"
+        "result against float64, on the same bytes and on the values before they were quantised.",
+        "", "--backend numpy --batch 2 --kv-len 300", "--num-kv-heads 8 --kv-len 8192 --kv-format e5m2",
+    )  # fmt: skip
+    demo.add_argument("--backend", choices=("cuda", "numpy"), help="force one (default: cuda where there is a GPU)")
+    for name, default, what in (
+        ("batch", 16, "requests"), ("kv-len", 1024, "rows of each cache"), ("num-qo-heads", 32, "query heads"),
+        ("num-kv-heads", 32, "cache heads"), ("head-dim", 128, "a multiple of 16 up to 256"),
+    ):  # fmt: skip
+        demo.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} (default {default})")
+    demo.add_argument("--kv-format", choices=tuple(KV_FORMATS), default="e4m3", help="of K and V (default e4m3)")
+
+    info = command(
+        "info", _info, "versions, devices, folders, and what is wrong",
+        "Shows what this machine has as far as the package cares, what is wrong with it and how to mend that.",
+        "", "--json",
+    )  # fmt: skip
+    info.add_argument("--json", action="store_true", help="the same as JSON")
+
+    everything = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
+    compile_ = command(
+        "compile", _compile, "compile kernels for any architecture, without a GPU",
+        "Compiles specialisations with NVRTC and shows what each takes: registers, spills, stack, shared memory.\n"
+        "Fails if one does not compile or spills registers. Nothing is kept.",
+        "", "--arch sm_90 --set all-formats", "--arch sm_80,sm_90 --match 'd=128 columns=8'",
+    )  # fmt: skip
+    compile_.add_argument(
+        "--arch", type=_architectures, default=list(ARCHITECTURES), metavar="LIST", help=f"default {everything}"
+    )
+    compile_.add_argument(
+        "--set", choices=tuple(SETS), default="covering",
+        help="which specialisations: the common ones and pairs of all properties (covering, the default), all pairs of "
+        "formats, or all head dimensions",
+    )  # fmt: skip
+    compile_.add_argument("--match", metavar="TEXT", default="", help="only those whose printed form contains TEXT")
+    compile_.add_argument("--quiet", action="store_true", help="list only those that fail")
+    compile_.add_argument("--json", type=Path, metavar="FILE", help="write a record")
+
+    bench = command(
+        "bench", _bench, "the speed table, against the read limit (needs a GPU)",
+        "Times decode calls next to kernels that only read the same bytes, in the same run.",
+        "", "--suite decode --shapes gqa4,mha.b1 --quick", "--suite formats --json formats.json",
+    )  # fmt: skip
+    bench.add_argument(
+        "--suite", choices=("decode", "small", "formats"), default="decode",
+        help="large batches (decode, the default), single requests (small), or formats, layouts, scales and groups",
+    )  # fmt: skip
+    bench.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
+    bench.add_argument("--quick", action="store_true", help="without the comparison with an fp16 cache")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write a record")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    try:
+        example = demo.example(
+            options.batch, options.kv_len, options.num_qo_heads, options.num_kv_heads, options.head_dim,
+            options.kv_format,
+        )  # fmt: skip
+    except ValueError as error:
+        options.parser.error(str(error))
+    return demo.run(example, options.backend)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from . import info
+
+    facts = info.gather()
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        console = terminal.console()
+        for part in info.render(facts):
+            console.print(part)
+    return 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from . import offline
+
+    jobs = offline.jobs(options.set, options.arch, options.match)
+    if not jobs:
+        options.parser.error(f"--match: no specialisation of set {options.set} contains {options.match!r}")
+    reports, seconds = offline.compile_all(jobs)
+    terminal.console().print(offline.render(reports, options.arch, seconds, options.quiet))
+    for report in reports:
+        if report.error:
+            print(f"\n{report.spec} for sm_{report.arch}:\n{report.error}", file=sys.stderr)
+    if options.json:
+        _write(options.json, offline.record(reports, seconds))
+    return 1 if any(offline.is_bad(report) for report in reports) else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import suites
+    from .jit.device import cupy_problem
+
+    try:
+        shapes = suites.chosen(options.suite, [prefix for prefix in options.shapes.split(",") if prefix])
+    except ValueError as error:
+        options.parser.error(f"--shapes: {error}")
+    if problem := cupy_problem():
+        raise terminal.CommandError(f"bench needs a GPU: {problem}")
+    from .bench import table
+
+    rows = table.run(shapes, fp16=not options.quick)
+    terminal.console().print(table.render(rows, options.suite))
+    if options.json:
+        _write(options.json, table.record(rows, options.suite))
+    return 1 if any(row.wrong for row in rows) else 0
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

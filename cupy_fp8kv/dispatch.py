@@ -1,0 +1,372 @@
+"""The way of one decode call, from the caller's arrays to the caller's result.
+
+The first call of a kind (same types, shapes, strides, options) is checked, planned and compiled; what came of that is
+kept, and later calls of the kind only read addresses and launch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from . import arrays, scales
+from .arrays import HOST, Library
+from .backends import reference
+from .formats import KV_FORMATS
+from .jit.device import cupy_problem, has_gpu, refuse_capture
+from .positions import check_pos_encoding_mode
+from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
+
+_LSE_UNITS = {"2": 1.0, "e": math.log(2.0)}
+#: Kinds of calls that are remembered before all are forgotten.
+_MOST_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], _Prepared] = {}
+
+
+class _Prepared:
+    """What the first call of a kind found out: where it runs, and on a GPU everything but addresses."""
+
+    __slots__ = ("cuda", "default_scale", "device", "lse_shape", "lse_unit", "out_dtype", "out_shape", "problem", "run")
+
+    def __init__(self, problem: DecodeProblem, facts: Facts, cuda: bool, lse_base: str, out_strides: Any):
+        self.problem = problem
+        self.device = facts.device
+        self.cuda = cuda
+        self.default_scale = 1.0 / math.sqrt(problem.head_dim)
+        self.lse_unit = _LSE_UNITS[lse_base]
+        self.out_shape = facts.shape
+        self.lse_shape = facts.shape[:-1]
+        self.out_dtype = facts.dtype
+        if cuda and self.device != HOST:
+            from .backends.cuda import PreparedDecode
+
+            self.run = PreparedDecode(problem, self.device, out_strides).run
+
+
+def decode(
+    batched: bool,
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_layout: str,
+    pos_encoding_mode: str,
+    q_scale: Any,
+    k_scale: Any,
+    v_scale: Any,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float | None,
+    kv_lens: Any,
+    kv_format: Any,
+    return_lse: bool,
+    lse_base: str,
+    out: Any,
+    backend: str | None,
+) -> Any:
+    library = arrays.library_of(q, "q")
+    if library is None or type(k) is not type(q) or type(v) is not type(q):
+        q, k, v = (arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v")))
+        library = common_library(q, k, v)
+    try:
+        q_address, q_signature = library.read(q)
+        k_address, k_signature = library.read(k)
+        v_address, v_signature = library.read(v)
+    except (TypeError, ValueError):
+        for name, array in (("q", q), ("k", k), ("v", v)):
+            arrays.read(library, array, name)
+        raise
+    out_address, out_signature = _read_out(library, out) if out is not None else (0, None)
+    # Values that compare equal to a checked one must not pass as it.
+    if type(window_left) is not int:
+        window_left = _integer(window_left, "window_left")
+    if logits_soft_cap is not None and type(logits_soft_cap) is not float:
+        logits_soft_cap = scales.number(logits_soft_cap, "logits_soft_cap")
+    if isinstance(kv_format, list):
+        kv_format = tuple(kv_format)
+
+    key = (
+        batched, library, q_signature, k_signature, v_signature, out_signature, kv_layout, pos_encoding_mode,
+        logits_soft_cap, window_left, kv_format, lse_base, backend,
+    )  # fmt: skip
+    try:
+        prepared = _prepared.get(key)
+    except TypeError:  # an option that cannot be hashed is not one of ours
+        _prepare(*key)
+        raise
+    if prepared is None:
+        prepared = _prepare(*key)
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = prepared
+    if sm_scale is None:
+        sm_scale = prepared.default_scale
+    elif type(sm_scale) is not float:
+        sm_scale = scales.number(sm_scale, "sm_scale")
+    if not prepared.cuda or prepared.device == HOST:
+        return _decode_from_host(
+            library, prepared, q, k, v, kv_layout, q_scale, k_scale, v_scale, window_left, logits_soft_cap, sm_scale,
+            kv_lens, return_lse, lse_base, out,
+        )  # fmt: skip
+
+    if (q_address | k_address | v_address | out_address) % 16:
+        for name, address in (("q", q_address), ("k", k_address), ("v", v_address), ("out", out_address)):
+            check_address(name, address)
+    device = prepared.device
+    heads = prepared.problem.num_kv_heads
+    q_factor = k_factor = v_factor = scales.NO_SCALE
+    if q_scale is not None:
+        q_factor = scales.device_scale(q_scale, "q_scale", 0, library, device)
+    if k_scale is not None:
+        k_factor = scales.device_scale(k_scale, "k_scale", heads, library, device)
+    if v_scale is not None:
+        v_factor = scales.device_scale(v_scale, "v_scale", heads, library, device)
+    lens_address = 0
+    if kv_lens is not None:
+        kv_lens, lens_address = _device_lens(kv_lens, library, prepared.problem, device)
+    if out is None:
+        out, out_address = library.empty(prepared.out_shape, prepared.out_dtype, device)
+    lse, lse_address = library.empty(prepared.lse_shape, "float32", device) if return_lse else (None, 0)
+    # In the order of DecodeParams.
+    prepared.run(library, (
+        out_address, lse_address, prepared.lse_unit, q_address, k_address, v_address, lens_address,
+        q_factor.address, k_factor.address, v_factor.address,
+        sm_scale * q_factor.known * k_factor.known, v_factor.known, logits_soft_cap or 0.0,
+        window_left, k_factor.stride, v_factor.stride,
+    ))  # fmt: skip
+    if return_lse:
+        return library.wrap(out), library.wrap(lse)
+    return library.wrap(out)
+
+
+def _integer(value: Any, argument: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    return int(value)
+
+
+def common_library(q: Any, k: Any, v: Any) -> Library:
+    libraries = {name: arrays.library_of(array, name) for name, array in (("q", q), ("k", k), ("v", v))}
+    library = libraries["q"]
+    for name, other in libraries.items():
+        if other is not library:
+            raise TypeError(
+                f"{name}: expected an array of {library.name if library else None} like q, "
+                f"got one of {other.name if other else None}"
+            )
+    assert library is not None  # adopt() leaves no other
+    return library
+
+
+def _read_out(library: Library, out: Any) -> tuple[int, Any]:
+    if not library.mutable:
+        raise TypeError(f"out: {library.name} arrays cannot be written; leave it out")
+    if arrays.library_of(out, "out") is not library:
+        raise TypeError(f"out: expected an array of {library.name} like q, got {type(out).__name__}")
+    return arrays.read(library, out, "out")
+
+
+def _prepare(
+    batched: bool,
+    library: Library,
+    q_signature: Any,
+    k_signature: Any,
+    v_signature: Any,
+    out_signature: Any,
+    kv_layout: str,
+    pos_encoding_mode: str,
+    logits_soft_cap: float | None,
+    window_left: int,
+    kv_format: Any,
+    lse_base: str,
+    backend: str | None,
+) -> _Prepared:
+    """Check a kind of call and decide where it runs."""
+    check_pos_encoding_mode(pos_encoding_mode)
+    if not isinstance(lse_base, str) or lse_base not in _LSE_UNITS:
+        raise ValueError(f"lse_base: expected '2' or 'e', got {lse_base!r}")
+    if backend not in (None, "cuda", "numpy"):
+        raise ValueError(f"backend: expected 'cuda', 'numpy' or None, got {backend!r}")
+    if logits_soft_cap is not None and not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
+        raise ValueError(f"logits_soft_cap: expected a finite number >= 0 or None, got {logits_soft_cap}")
+    facts = {
+        name: library.facts(signature)
+        for name, signature in (("q", q_signature), ("k", k_signature), ("v", v_signature))
+    }
+    problem = bind_decode(
+        *facts.values(), batched=batched, kv_layout=kv_layout, requested_format=kv_format,
+        soft_cap=bool(logits_soft_cap), window_left=window_left, position=pos_encoding_mode,
+    )  # fmt: skip
+    q = facts["q"]
+    for name, other, itemsize in (
+        ("q", q, 2),
+        ("k", facts["k"], KV_FORMATS[problem.k_format].itemsize),
+        ("v", facts["v"], KV_FORMATS[problem.v_format].itemsize),
+    ):
+        check_rows(name, other, itemsize)
+        if other.device != q.device:
+            raise ValueError(f"{name}: expected device {_device(q.device)} like q, got {_device(other.device)}")
+    out_strides = (problem.num_qo_heads * problem.head_dim * 2, problem.head_dim * 2)
+    if out_signature is not None:
+        out_strides = _check_out(library.facts(out_signature), q)
+    cuda = backend == "cuda" or (backend is None and (q.device != HOST or has_gpu()))
+    if cuda and not has_gpu():
+        raise RuntimeError(f"backend: {'cuda was asked for' if backend else 'the arrays need CUDA'}: {cupy_problem()}")
+    return _Prepared(problem, q, cuda, lse_base, out_strides)
+
+
+def _device(index: int) -> str:
+    return "host" if index == HOST else f"cuda:{index}"
+
+
+def _check_out(out: Facts, q: Facts) -> tuple[int, int]:
+    """Strides (request, head) of ``out``; it must look like ``q``."""
+    for what, expected, got in (
+        ("shape", list(q.shape), list(out.shape)),
+        ("dtype", q.dtype, out.dtype),
+        ("device", _device(q.device), _device(out.device)),
+    ):
+        if expected != got:
+            raise (TypeError if what == "dtype" else ValueError)(f"out: expected {what} {expected} like q, got {got}")
+    check_rows("out", out, 2)
+    return (0, out.strides[0]) if len(out.shape) == 2 else (out.strides[0], out.strides[1])
+
+
+def host_lens(kv_lens: Any, batch: int, kv_len: int) -> np.ndarray:
+    """Lengths that the host can see, checked: integers, ``[batch]``, each in ``[0, kv_len]``; as int32."""
+    lens = np.asarray(kv_lens)
+    if not lens.size:
+        lens = lens.astype(np.int32)
+    if lens.dtype.kind not in "iu":
+        raise TypeError(f"kv_lens: expected int32, got {lens.dtype}")
+    if lens.shape != (batch,):
+        raise ValueError(f"kv_lens: expected shape [{batch}], got {list(lens.shape)}")
+    if batch and (lens.min() < 0 or lens.max() > kv_len):
+        wrong = int(np.flatnonzero((lens < 0) | (lens > kv_len))[0])
+        raise ValueError(f"kv_lens: expected lengths from 0 to {kv_len}, got {lens[wrong]} for request {wrong}")
+    return lens.astype(np.int32)
+
+
+def _device_lens(kv_lens: Any, library: Library, problem: DecodeProblem, device: int) -> tuple[Any, int]:
+    """Lengths where the kernel reads them: something to hold, and the address."""
+    if isinstance(kv_lens, (list, tuple)):
+        kv_lens = np.asarray(kv_lens)
+    source = arrays.library_of(kv_lens, "kv_lens")
+    if source is None:
+        raise TypeError(f"kv_lens: expected an array of {library.name} or NumPy, got {type(kv_lens).__name__}")
+    address, signature = arrays.read(source, kv_lens, "kv_lens")
+    facts = source.facts(signature)
+    if facts.device == HOST:
+        lens = host_lens(source.to_numpy(kv_lens), problem.batch, problem.kv_len)
+        refuse_capture(library.stream(device), "kv_lens")
+        uploaded = arrays.upload(library, lens, device)
+        return uploaded, library.read(uploaded)[0]
+    if source is not library:
+        raise TypeError(f"kv_lens: expected an array of {library.name} like q, got one of {source.name}")
+    if facts.device != device:
+        raise ValueError(f"kv_lens: expected device {_device(device)} like q, got {_device(facts.device)}")
+    if facts.dtype != "int32":
+        raise TypeError(f"kv_lens: expected int32, got {facts.dtype}")
+    if facts.shape != (problem.batch,) or (problem.batch > 1 and facts.strides != (4,)):
+        raise ValueError(
+            f"kv_lens: expected a contiguous array [{problem.batch}], got shape {list(facts.shape)} with strides "
+            f"{list(facts.strides)} in bytes"
+        )
+    return kv_lens, address
+
+
+def _decode_from_host(
+    library: Library,
+    prepared: _Prepared,
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_layout: str,
+    q_scale: Any,
+    k_scale: Any,
+    v_scale: Any,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float,
+    kv_lens: Any,
+    return_lse: bool,
+    lse_base: str,
+    out: Any,
+) -> Any:
+    """The call on host arrays: on the GPU (uploaded, result downloaded) or in NumPy, as was decided."""
+    problem, device = prepared.problem, prepared.device
+    values = [library.to_numpy(array) for array in (q, k, v)]
+    q_factor = scales.host_scale(q_scale, "q_scale", 0)
+    k_factor = scales.host_scale(k_scale, "k_scale", problem.num_kv_heads)
+    v_factor = scales.host_scale(v_scale, "v_scale", problem.num_kv_heads)
+    lens = None
+    if kv_lens is not None:
+        source = None if isinstance(kv_lens, (list, tuple)) else arrays.library_of(kv_lens, "kv_lens")
+        lens = host_lens(source.to_numpy(kv_lens) if source else kv_lens, problem.batch, problem.kv_len)
+    if prepared.cuda:
+        result, lse = _run_uploaded(
+            len(prepared.out_shape) == 3, problem, values, kv_layout, q_factor, k_factor, v_factor, window_left,
+            logits_soft_cap, sm_scale, lens, lse_base,
+        )  # fmt: skip
+    else:
+        result, lse = _run_numpy(
+            problem, values, kv_layout, q_factor, k_factor, v_factor, window_left, logits_soft_cap, sm_scale, lens,
+            lse_base,
+        )  # fmt: skip
+    result, lse = result.reshape(prepared.out_shape), lse.reshape(prepared.lse_shape)
+    if out is None:
+        out = library.from_numpy(result, device)
+    else:
+        out[...] = library.from_numpy(result, device)
+    return (out, library.from_numpy(lse, device)) if return_lse else out
+
+
+def _run_numpy(
+    problem: DecodeProblem,
+    values: list[np.ndarray],
+    kv_layout: str,
+    q_scale: Any,
+    k_scale: Any,
+    v_scale: Any,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float,
+    lens: np.ndarray | None,
+    lse_base: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v = values
+    if k.ndim == 3:
+        q, k, v = q[None], k[None], v[None]
+    if kv_layout == "HND":
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    result, lse = reference.attention(
+        q, k, v, k_format=KV_FORMATS[problem.k_format], v_format=KV_FORMATS[problem.v_format], sm_scale=sm_scale,
+        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, logits_soft_cap=logits_soft_cap or 0.0,
+        window_left=window_left, kv_lens=lens, lse_base=lse_base,
+    )  # fmt: skip
+    with np.errstate(over="ignore"):
+        return result.astype(q.dtype), lse
+
+
+def _run_uploaded(
+    batched: bool,
+    problem: DecodeProblem,
+    values: list[np.ndarray],
+    kv_layout: str,
+    q_scale: Any,
+    k_scale: Any,
+    v_scale: Any,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float,
+    lens: np.ndarray | None,
+    lse_base: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    library = arrays.cupy_library()
+    q, k, v = (library.from_numpy(array, 0) for array in values)
+    out, lse = decode(
+        batched, q, k, v, kv_layout, problem.position, q_scale, k_scale, v_scale, window_left, logits_soft_cap,
+        sm_scale, lens, (problem.k_format, problem.v_format), True, lse_base, None, "cuda",
+    )  # fmt: skip
+    return library.to_numpy(out), library.to_numpy(lse)

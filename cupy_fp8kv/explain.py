@@ -1,0 +1,113 @@
+"""What a call would do, and doing the slow part of it ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import arrays
+from .arrays import HOST
+from .dispatch import common_library
+from .formats import Q_DTYPES, dtype_name
+from .formats import kv_format as format_called
+from .jit import compiler
+from .jit.device import device_info, has_gpu
+from .jit.spec import MergeSpec, Spec
+from .plan import DeviceInfo, Plan, plan_decode, specs
+from .positions import check_pos_encoding_mode
+from .problem import DecodeProblem, bind_decode
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call would run. ``plan`` is None on the NumPy backend."""
+
+    backend: str
+    problem: DecodeProblem
+    device: DeviceInfo | None
+    plan: Plan | None
+
+    def __str__(self) -> str:
+        lines = [f"problem  {self.problem}", f"backend  {self.backend}"]
+        if self.plan and self.device:
+            plan = self.plan
+            lines += [
+                f"device   {self.device.name}, sm_{self.device.arch}, {self.device.sm_count} SMs",
+                f"kernel   {plan.spec}",
+                f"tile     {plan.spec.tile_rows} rows x {8 * plan.spec.column_tiles} query heads a warp, "
+                f"{plan.spec.warps} warps a CTA, {plan.spec.ctas_per_sm} CTAs an SM, "
+                f"{plan.spec.shared_bytes} bytes of shared memory",
+                f"splits   {plan.splits} (grid {plan.grid}, workspace {plan.workspace} bytes"
+                f"{', then merge' if plan.splits > 1 else ''})",
+                f"because  {plan.reason}",
+            ]
+        return "\n".join(lines)
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    *,
+    logits_soft_cap: float | None = None,
+    kv_format: Any = None,
+    window_left: int = -1,
+    backend: str | None = None,
+    device: DeviceInfo | None = None,
+) -> Explanation:
+    """Which kernel, tile and splits a decode call with these arrays would use, and why. Nothing is run.
+
+    Parameters are those of :func:`batch_decode_with_padded_kv_cache`, or of :func:`single_decode_with_kv_cache` if q
+    has two axes. ``device`` asks for a device that is not there.
+    """
+    q, k, v = (arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v")))
+    library = common_library(q, k, v)
+    facts = [library.facts(library.read(array)[1]) for array in (q, k, v)]
+    problem = bind_decode(
+        *facts, batched=len(facts[0].shape) == 3, kv_layout=kv_layout, requested_format=kv_format,
+        soft_cap=bool(logits_soft_cap), window_left=window_left, position=check_pos_encoding_mode(pos_encoding_mode),
+    )  # fmt: skip
+    index = facts[0].device
+    if device is None and backend != "numpy" and (index != HOST or has_gpu()):
+        device = device_info(max(index, 0))
+    if device is None:
+        return Explanation("numpy", problem, None, None)
+    return Explanation("cuda", problem, device, plan_decode(problem, device))
+
+
+def warmup(
+    *,
+    head_dim: int = 128,
+    group_size: int = 1,
+    q_dtype: Any = "float16",
+    kv_format: Any = "e4m3",
+    logits_soft_cap: bool = False,
+    device: int = 0,
+) -> list[str]:
+    """Compile every kernel that decode calls of this kind may choose, so that no later call has to.
+
+    Parameters
+    ----------
+    group_size : ``num_qo_heads / num_kv_heads``.
+    kv_format : a format, or a pair (K, V).
+    logits_soft_cap : whether calls will have a soft cap.
+    device : CUDA device index.
+
+    Returns
+    -------
+    What was compiled (or found in the cache), as text.
+    """
+    name = dtype_name(q_dtype)
+    if name not in Q_DTYPES:
+        raise TypeError(f"q_dtype: expected {' or '.join(Q_DTYPES)}, got {name}")
+    pair = kv_format if isinstance(kv_format, (tuple, list)) else (kv_format, kv_format)
+    k_format, v_format = (format_called(one).name for one in pair)
+    q_format = "f16" if name == "float16" else "bf16"
+    problem = DecodeProblem(
+        1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),
+        soft_cap=logits_soft_cap,
+    )  # fmt: skip
+    wanted: list[Spec] = [*specs(problem), MergeSpec(q_format)]
+    return [str(compiler.load(spec, device).spec) for spec in wanted]

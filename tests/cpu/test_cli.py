@@ -1,0 +1,200 @@
+"""The command line, as a user meets it: in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cupy_fp8kv import info
+from cupy_fp8kv.formats import KV_FORMATS
+from cupy_fp8kv.jit import covering, sources
+from cupy_fp8kv.jit.device import has_gpu
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SMALL = ["--batch", "2", "--kv-len", "40", "--num-qo-heads", "4", "--num-kv-heads", "2", "--head-dim", "32"]
+
+
+def nvrtc_problem():
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+needs_nvrtc = pytest.mark.skipif(nvrtc_problem() is not None, reason=f"needs NVRTC: {nvrtc_problem()}")
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "cupy_fp8kv", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=120)
+
+
+def succeeds(*arguments):
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_help_names_every_command_and_exit_code():
+    text = succeeds("--help")
+    assert all(word in text for word in ("demo", "info", "compile", "bench", "exit codes"))
+    for command in ("demo", "info", "compile", "bench"):
+        text = succeeds(command, "--help")
+        assert f"python -m cupy_fp8kv {command}" in text and "examples:" in text and "130 Ctrl-C" in text
+
+
+def test_version():
+    assert re.fullmatch(r"cupy_fp8kv \d+\.\d+\.\d+\n", succeeds("--version"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["no-such-command"], "invalid choice"),
+        (["demo", "--batch", "0"], "--batch"),
+        (["demo", "--num-qo-heads", "3", "--num-kv-heads", "2"], "num_kv_heads"),
+        (["demo", "--head-dim", "20"], "head_dim"),
+        (["demo", "--kv-format", "e8m0"], "--kv-format"),
+        (["compile", "--arch", "sm_70"], "sm_80"),
+        (["compile", "--match", "no such kernel"], "--match"),
+        (["bench", "--shapes", "no-such-shape"], "mha.b1.l1k"),
+    ],
+)
+def test_usage_errors_are_2_and_name_the_argument(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_info_as_json():
+    facts = json.loads(succeeds("info", "--json"))
+    assert facts["sources"] == sources.digest() and facts["kv_formats"] == list(KV_FORMATS)
+    assert facts["versions"]["numpy"] and facts["kernel_cache"]
+    assert all(set(problem) == {"what", "mend"} for problem in facts["problems"])
+    assert has_gpu() or any("NumPy backend" in problem["what"] for problem in facts["problems"])
+
+
+def test_info_as_tables():
+    text = succeeds("info")
+    assert sources.digest() in text and "E4M3FN" in text
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_demo_in_numpy(kv_format):
+    text = succeeds("demo", "--backend", "numpy", "--kv-format", kv_format, *SMALL)
+    assert "[2, 4, 32] fp16, [2, 40, 2, 32]" in text and "≤ 0.0005" in text
+
+
+def test_a_wrong_result_is_1(monkeypatch, capsys):
+    from cupy_fp8kv import cli, demo
+
+    right = demo.batch_decode_with_padded_kv_cache
+    monkeypatch.setattr(demo, "batch_decode_with_padded_kv_cache", lambda *a, **k: right(*a, **k) * 1.01)
+    assert cli.main(["demo", "--backend", "numpy", *SMALL]) == 1
+    assert "exceeds 0.0005" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [["bench"], ["demo", "--backend", "cuda"]])
+def test_without_a_gpu_what_needs_one_is_1(arguments):
+    done = run(*arguments)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert re.match(r"cupy_fp8kv: .*(no CUDA device|CuPy)", done.stderr), done.stderr
+
+
+@needs_nvrtc
+def test_compile(tmp_path):
+    path = tmp_path / "record.json"
+    text = succeeds("compile", "--arch", "sm_80,sm_90", "--match", "merge[out=f16]", "--json", str(path))
+    assert "merge[out=f16]" in text and "sm_80" in text and "sm_90" in text
+    record = json.loads(path.read_text())
+    assert record["sources"] == sources.digest()
+    assert [(row["arch"], row["spill_bytes"], row["error"]) for row in record["rows"]] == [(80, 0, ""), (90, 0, "")]
+    assert all(row["registers"] > 0 for row in record["rows"])
+
+
+@needs_nvrtc
+def test_compile_error_is_1():
+    done = run("compile", "--arch", "sm_999", "--match", "merge[out=f16]")
+    assert done.returncode == 1 and "error" in done.stdout and "merge[out=f16] for sm_999" in done.stderr
+
+
+@needs_nvrtc
+def test_interrupt_is_130_without_a_traceback():
+    command = [sys.executable, "-m", "cupy_fp8kv", "compile"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        first = process.stderr.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert first.startswith("compiling ") and process.returncode == 130
+    assert "interrupted" in rest and "Traceback" not in rest, rest
+
+
+def test_importing_the_package_imports_no_command():
+    code = (
+        "import sys, cupy_fp8kv; print([m for m in ('rich', 'argparse', 'cupy', 'cupy_fp8kv.cli', 'cupy_fp8kv.info') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "rich" not in done.stdout and "cli" not in done.stdout and "cupy" not in done.stdout
+
+
+FACTS = {
+    "versions": {"cupy": "14.0.0"}, "cupy_wheels": {"cupy-cuda12x": "14.0.0"}, "cupy_problem": None, "nvrtc": "12.9",
+    "driver_cuda": "12.8", "devices": [{"index": 0, "name": "a GPU", "arch": 90}], "kernel_cache": "~/cache",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("facts", "cache_writable", "nvrtc_wheels", "expected"),
+    [
+        ({}, True, {12: "12.9", 13: None}, []),
+        ({"versions": {"cupy": None}, "cupy_wheels": {}, "nvrtc": None}, True, {12: None, 13: None}, ["not installed"]),
+        ({"cupy_problem": "CuPy cannot be imported: X"}, True, {12: "1", 13: None}, ["cannot be imported"]),
+        ({"devices": [], "cupy_problem": "no CUDA device"}, True, {12: "1", 13: None}, ["no usable GPU"]),
+        ({"nvrtc": "13.0"}, True, {12: None, 13: "13.0"}, ["NVRTC is of CUDA 13.0"]),
+        ({}, True, {12: "12.9", 13: "13.0"}, ["both installed"]),
+        ({"cupy_wheels": {"cupy-cuda12x": "1", "cupy-cuda13x": "1"}}, True, {12: "1", 13: None}, ["several CuPy"]),
+        (
+            {"devices": [{"index": 1, "name": "old", "arch": 75}]},
+            True,
+            {12: "1", 13: None},
+            ["device 1 (old) is sm_75"],
+        ),
+        ({}, False, {12: "1", 13: None}, ["~/cache cannot be written"]),
+        ({"nvrtc": None}, True, {12: None, 13: None}, ["no NVRTC"]),
+    ],
+)
+def test_what_is_wrong(facts, cache_writable, nvrtc_wheels, expected):
+    found = info.problems({**FACTS, **facts}, cache_writable, nvrtc_wheels)
+    assert len(found) == len(expected) and all(e in p["what"] for e, p in zip(expected, found, strict=True)), found
+
+
+def test_pairwise_covers_every_pair_with_few_choices():
+    factors = {"a": range(5), "b": "xyz", "c": (True, False), "d": range(4)}
+    chosen = covering.pairwise(factors)
+    for one in factors:
+        for other in factors:
+            met = {(row[one], row[other]) for row in chosen}
+            assert one == other or met == {(x, y) for x in factors[one] for y in factors[other]}
+    assert 20 <= len(chosen) <= 25
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_covering_set(arch):
+    specs = covering.covering_specs(arch)
+    assert specs == covering.covering_specs(arch) and len(set(specs)) == len(specs) < 400
+    decode = [spec for spec in specs if spec.entry == "decode"]
+    assert {spec.head_dim for spec in decode} == set(range(16, 257, 16))
+    assert {(spec.k, spec.v) for spec in decode} == {(k, v) for k in KV_FORMATS for v in KV_FORMATS}
+    assert any(spec.software_fp8 for spec in decode) == (arch >= 89)
+    assert {spec.entry for spec in specs} == {"decode", "merge", "amax", "scales", "quantize", "dequantize"}

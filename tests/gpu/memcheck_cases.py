@@ -1,0 +1,65 @@
+"""A handful of calls for compute-sanitizer: run by test_gpu_sanitizer.py, or by hand with PYTHONPATH=.:tests.
+
+Every array is an allocation of its own, exactly as large as it is, so that an access beyond it is beyond an allocation.
+"""
+
+import dataclasses
+
+import numpy as np
+from cases import Case, build
+from gpu_support import cp, to_cupy, to_host
+
+import cupy_fp8kv
+from cupy_fp8kv import dispatch
+from cupy_fp8kv.backends import cuda
+
+CASES = [
+    Case(head_dim=128, group=4, num_kv_heads=2, batch=2, kv_len=37),
+    Case(head_dim=80, group=12, batch=2, kv_len=17, k="e5m2", v="f16", q="bf16", layout="HND"),
+    Case(head_dim=16, group=1, batch=3, kv_len=1, soft_cap=30.0, scales="head"),
+    Case(head_dim=256, group=16, batch=2, kv_len=33, k="f16", v="bf16"),
+    Case(head_dim=128, group=5, batch=4, kv_len=900, kv_lens="device", lens=(900, 0, 1, 17), scales="scalar"),
+    Case(head_dim=64, group=8, kv_len=4000, window_left=2999, given_out=True, view="padded"),
+    Case(head_dim=240, group=33, num_kv_heads=3, batch=2, kv_len=47, view="transposed", k="bf16"),
+    Case(head_dim=48, group=3, kv_len=0, batch=2),
+]
+
+
+def check(case, software):
+    arrays = build(case)
+    original = cuda.plan_decode
+    dispatch._prepared.clear()
+    if software:
+        cuda.plan_decode = lambda problem, info: dataclasses.replace(
+            original(problem, info), spec=dataclasses.replace(original(problem, info).spec, software_fp8=True)
+        )
+    try:
+        out, lse = arrays.to(to_cupy).call()
+    finally:
+        cuda.plan_decode = original
+    arrays.check(to_host(out), to_host(lse))
+
+
+def main():
+    cp.cuda.set_allocator(None)
+    done = 0
+    for case in CASES:
+        for software in (False, True) if case.head_dim in (128, 80) else (False,):
+            check(case, software)
+            done += 1
+    values = np.random.default_rng(0).standard_normal((3, 7, 5, 48), np.float32)
+    for dtype in (np.float16, np.float32):
+        for granularity in ("tensor", "head", "token"):
+            given = to_cupy(values.astype(dtype))
+            codes, scale = cupy_fp8kv.quantize(given, granularity=granularity)
+            want, want_scale = cupy_fp8kv.quantize(values.astype(dtype), granularity=granularity, backend="numpy")
+            assert (to_host(codes) == want.view(np.uint8)).all() and (to_host(scale) == want_scale).all()
+            for out_dtype in ("float16", "bfloat16", "float32"):
+                assert cupy_fp8kv.dequantize(codes, scale, out_dtype).shape == values.shape
+            done += 1
+    cp.cuda.runtime.deviceSynchronize()
+    print(f"ran {done} calls")
+
+
+if __name__ == "__main__":
+    main()
