@@ -8,7 +8,9 @@
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
 // Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kCtasPerSm, kQueryShared,
-// kEarlyKeys, kSoftCap and kSharedBytes.
+// kAhead, kSoftCap and kSharedBytes. kAhead is how early the next tile is asked for, as far as registers allow: 2, its K
+// before this tile's products with Q and its V after those with the weights; 1, its K after the products with Q; 0, K and
+// V take turns in the registers.
 #include "attention/columns.cuh"
 #include "attention/combine.cuh"
 #include "attention/query.cuh"
@@ -73,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
     // The cache's first rows are asked for before q is even read.
     if (row < range.end) {
         keys.load(k_rows, range, row, lane);
-        values.load(v_rows, range, row, lane);
+        if (kAhead > 0) values.load(v_rows, range, row, lane);
     }
 
     const int first_column = work.column_block * kColumns;
@@ -92,15 +94,16 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
     WarpColumns columns;
     while (row < range.end) {
         const int next = row + step;
+        const bool more = next < range.end;
         float scores[kSubtiles][kColumnTiles][4] = {};
-        if constexpr (kEarlyKeys) {
-            // The copy lets the next rows of K be asked for before this tile's products.
+        if constexpr (kAhead == 2) {
             const Keys current = keys;
-            if (next < range.end) keys.load(k_rows, range, next, lane);
+            if (more) keys.load(k_rows, range, next, lane);
             queries.multiply(current, scores);
         } else {
             queries.multiply(keys, scores);
-            if (next < range.end) keys.load(k_rows, range, next, lane);
+            if (kAhead == 1 && more) keys.load(k_rows, range, next, lane);
+            if (kAhead == 0) values.load(v_rows, range, row, lane);
         }
         to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
         columns.update(scores);
@@ -114,7 +117,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
             values.accumulate(r, weights, columns.out);
         }
 
-        if (next < range.end) values.load(v_rows, range, next, lane);
+        if (kAhead > 0 && more) values.load(v_rows, range, next, lane);
+        if (kAhead == 0 && more) keys.load(k_rows, range, next, lane);
         row = next;
     }
     columns.finish();

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from .formats import KV_FORMATS
-from .jit.spec import MOST_FRAGMENT_REGISTERS, DecodeSpec
+from .jit.spec import DecodeSpec
 from .problem import DecodeProblem
 
 
@@ -44,8 +44,8 @@ class Plan:
 
 #: Query heads that one CTA can take: two tiles of eight columns.
 MAX_COLUMNS = 16
-#: Fragment registers with which 16 warps fit the registers of an SM without a spill (jit.spec: 224 for 8 warps).
-_FRAGMENTS_OF_16_WARPS = 110
+#: Fragment registers with which 16 warps fit the registers of an SM without a spill; DecodeSpec.ahead knows for 8.
+_FRAGMENTS_OF_16_WARPS = 108
 #: A warp's tile of K and V is doubled until it has this many bytes: 16 or 8 warps then keep 40 to 64 KB in flight.
 _MIN_TILE_BYTES = {16: 3072, 8: 4608}
 #: A last wave that fills less than this of its slots is avoided by splitting.
@@ -70,24 +70,27 @@ def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
     for most_tiles in (MAX_COLUMNS // 8, 1):
         blocks = math.ceil(problem.group_size / (8 * most_tiles))
         column_tiles = math.ceil(math.ceil(problem.group_size / blocks) / 8)
-        for warps, most in ((16, _FRAGMENTS_OF_16_WARPS), (8, MOST_FRAGMENT_REGISTERS)):
-            for subtiles in _subtiles(problem, warps):
+        for warps in (16, 8):
+            for subtiles in _subtiles(problem, warps, column_tiles):
                 spec = DecodeSpec(
                     q=problem.q_format, k=problem.k_format, v=problem.v_format, head_dim=problem.head_dim,
                     column_tiles=column_tiles, subtiles=subtiles, warps=warps, ctas_per_sm=1,
                     soft_cap=problem.soft_cap, position=problem.position,
                 )  # fmt: skip
-                if spec.fragment_registers + (spec.key_registers if warps == 16 else 0) <= most:
+                fits_16 = spec.fragment_registers[2] <= _FRAGMENTS_OF_16_WARPS
+                if fits_16 if warps == 16 else spec.ahead == 2 or (spec.ahead >= 0 and subtiles == 1):
                     return spec, blocks
     raise AssertionError(f"no tile fits {problem}")
 
 
-def _subtiles(problem: DecodeProblem, warps: int) -> list[int]:
+def _subtiles(problem: DecodeProblem, warps: int, column_tiles: int) -> list[int]:
     """Numbers of 16-row subtiles to try for a tile, the wanted one first."""
     row_bytes = problem.head_dim * (KV_FORMATS[problem.k_format].itemsize + KV_FORMATS[problem.v_format].itemsize)
     wanted = next((n for n in (1, 2) if 16 * row_bytes * n >= _MIN_TILE_BYTES[warps]), 4)
+    if warps == 16:
+        return [min(wanted, 4 // column_tiles)]
     # With 8 warps a smaller tile is better than none.
-    return [wanted] if warps == 16 else [n for n in (4, 2, 1) if n <= wanted]
+    return [n for n in (4, 2, 1) if n <= wanted]
 
 
 def specs(problem: DecodeProblem) -> list[DecodeSpec]:

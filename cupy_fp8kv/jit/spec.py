@@ -8,9 +8,6 @@ from ..formats import KV_FORMATS, kv_format
 from ..positions import POSITION_MODES
 from . import sources
 
-#: Fragment registers that fit a thread with 255 registers without a spill.
-MOST_FRAGMENT_REGISTERS = 224
-
 
 def _constants(**values: int | bool) -> list[str]:
     lines = []
@@ -53,22 +50,30 @@ class DecodeSpec:
         return self.column_tiles * self.query_terms * self.head_dim // 8 > 16
 
     @property
-    def fragment_registers(self) -> int:
-        """Registers of a thread that hold fragments while a tile is worked on; some 40 more hold everything else."""
+    def fragment_registers(self) -> tuple[int, int, int]:
+        """Registers of a thread that hold fragments and softmax states, for each value of ``ahead``.
+
+        Some 40 more hold everything else. decode.cu says what ``ahead`` is.
+        """
         steps = self.head_dim // 16
-        accumulators = 4 * self.column_tiles * (steps + self.subtiles)
+        weights = 2 if self.v == "bf16" else 1
+        softmax = self.column_tiles * (4 * self.subtiles + 4 + 2 * weights) + 8 * (self.column_tiles - 1)
+        keys = self.subtiles * 2 * steps * KV_FORMATS[self.k].itemsize
         values = self.subtiles * 4 * -(-steps * KV_FORMATS[self.v].itemsize // 2)
         query = 0 if self.query_shared else 2 * steps * self.column_tiles * self.query_terms
-        return accumulators + self.key_registers + values + query
+        always = 4 * self.column_tiles * steps + softmax + query
+        return always + max(keys, values), always + keys + values, always + 2 * keys + values
 
     @property
-    def key_registers(self) -> int:
-        return self.subtiles * self.head_dim // 8 * KV_FORMATS[self.k].itemsize
+    def ahead(self) -> int:
+        """How early the next tile is asked for: the earliest that compiles without a spill, or -1 if none does."""
+        return next((i for i in (2, 1, 0) if self.fragment_registers[i] <= self._most_registers[i]), -1)
 
     @property
-    def early_keys(self) -> bool:
-        """Whether the next rows of K are asked for before this tile's products: two tiles of K are held then."""
-        return self.fragment_registers + self.key_registers <= MOST_FRAGMENT_REGISTERS
+    def _most_registers(self) -> tuple[int, int, int]:
+        # Measured with NVRTC 12.9 over sm_80 to sm_120. K of two bytes is not converted, so it stays in its registers
+        # until the products are done: asking for more of it right after them spills early.
+        return 190, 222 if KV_FORMATS[self.k].is_fp8 else 0, 236
 
     @property
     def tile_rows(self) -> int:
@@ -99,7 +104,7 @@ class DecodeSpec:
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
-            kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kEarlyKeys=self.early_keys,
+            kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kAhead=self.ahead,
             kSoftCap=self.soft_cap, kSharedBytes=self.shared_bytes,
         )  # fmt: skip
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")
