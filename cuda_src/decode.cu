@@ -7,10 +7,10 @@
 // for merge.cu.
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
-// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kCtasPerSm, kQueryShared,
-// kAhead, kSoftCap and kSharedBytes. kAhead is how early the next tile is asked for, as far as registers allow: 2, its K
-// before this tile's products with Q and its V after those with the weights; 1, its K after the products with Q; 0, K and
-// V take turns in the registers.
+// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kCtasPerSm,
+// kAhead, kSoftCap and kSharedBytes. kAhead is how early the next tile is asked for, as far as registers allow: 2, its
+// K before this tile's products with Q and its V after those with the weights; 1, its K after the products with Q;
+// 0, K and V take turns in the registers.
 #include "attention/columns.cuh"
 #include "attention/combine.cuh"
 #include "attention/query.cuh"
@@ -18,7 +18,7 @@
 #include "mask.cuh"
 #include "params.cuh"
 
-using Queries = Query<QFormat, KFormat, kHeadDim, kColumnTiles, kQueryShared>;
+using Queries = Query<QFormat, KFormat, kHeadDim, kColumnTiles>;
 using Keys = KTile<KFormat, kHeadDim, kSubtiles>;
 using Values = VTile<VFormat, kHeadDim, kSubtiles>;
 using WarpColumns = Columns<kColumnTiles, Values::kTiles, kSubtiles>;
@@ -39,7 +39,7 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
             for (int i = 0; i < 4; i++) {
                 const int row = first_row + 16 * r + 8 * (i / 2) + lane.group;
                 const int head = first_head + 8 * n + 2 * lane.thread + i % 2;
-                float x = scores[r][n][i] * queries.logit_scale(scale, n, i % 2);
+                float x = scores[r][n][i] * queries.logit_scale(scale, n, i % 2, lane);
                 if constexpr (kSoftCap) {
                     // cap * tanh(x / cap); tanh(y) = 1 - 2 / (1 + exp(2y)) is exact at both ends.
                     const float e = ptx::exp2(x * (2.0f * kLog2E / p.soft_cap));
@@ -61,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
     extern __shared__ __align__(16) u8 shared[];
     const Lane lane = Lane::self();
     const Work work = Schedule::work(p, blockIdx.x);
+    ptx::wait_for_previous_kernel();  // nothing before this reads memory
     const int kv_len = Layout::kv_len(p, work.request);
     const RowRange range = RowRange::of_request(kv_len, p.window_left);
     const auto k_rows = Layout::k_rows(p, work.request, work.kv_head).from(Keys::Slice::begin(lane.thread));
@@ -97,11 +98,21 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
         const bool more = next < range.end;
         float scores[kSubtiles][kColumnTiles][4] = {};
         if constexpr (kAhead == 2) {
-            const Keys current = keys;
+            // Converted before the next rows are asked for, so that those take the registers of these.
+            u32 rows[kSubtiles][Queries::kSteps][4];
+#pragma unroll
+            for (int r = 0; r < kSubtiles; r++)
+#pragma unroll
+                for (int s = 0; s < Queries::kSteps; s++) Queries::rows_of(keys, r, s, rows[r][s]);
             if (more) keys.load(k_rows, range, next, lane);
-            queries.multiply(current, scores);
+            queries.multiply(
+                [&](int r, int s, u32(&a)[4]) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) a[i] = rows[r][s][i];
+                },
+                scores);
         } else {
-            queries.multiply(keys, scores);
+            queries.multiply([&](int r, int s, u32(&a)[4]) { Queries::rows_of(keys, r, s, a); }, scores);
             if (kAhead == 1 && more) keys.load(k_rows, range, next, lane);
             if (kAhead == 0) values.load(v_rows, range, row, lane);
         }

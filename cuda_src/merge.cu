@@ -32,6 +32,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
     const int quad = threadIdx.x % quads, part = threadIdx.x / quads;
     const i64 first = static_cast<i64>(blockIdx.x) * p.splits;
 
+    // What comes next may take its places now and wait there; this waits for the partial results.
+    ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();
     SoftmaxState state = SoftmaxState::empty();
     const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -10,12 +10,14 @@ from .decode import (
 )
 from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
+from .plan import DeviceInfo
 from .quantize import dequantize, quantize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KV_FORMATS",
+    "DeviceInfo",
     "Explanation",
     "KVFormat",
     "__version__",

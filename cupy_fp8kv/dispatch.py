@@ -182,38 +182,54 @@ def _prepare(
     lse_base: str,
     backend: str | None,
 ) -> _Prepared:
-    """Check a kind of call and decide where it runs."""
-    check_pos_encoding_mode(pos_encoding_mode)
+    """What the first call of a kind finds out."""
     if not isinstance(lse_base, str) or lse_base not in _LSE_UNITS:
         raise ValueError(f"lse_base: expected '2' or 'e', got {lse_base!r}")
+    facts = [library.facts(signature) for signature in (q_signature, k_signature, v_signature)]
+    problem, cuda = check_call(
+        *facts, batched=batched, kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode,
+        logits_soft_cap=logits_soft_cap, window_left=window_left, kv_format=kv_format, backend=backend,
+    )  # fmt: skip
+    out_strides = (problem.num_qo_heads * problem.head_dim * 2, problem.head_dim * 2)
+    if out_signature is not None:
+        out_strides = _check_out(library.facts(out_signature), facts[0])
+    if cuda and not has_gpu():
+        raise RuntimeError(f"backend: {'cuda was asked for' if backend else 'the arrays need CUDA'}: {cupy_problem()}")
+    return _Prepared(problem, facts[0], cuda, lse_base, out_strides)
+
+
+def check_call(
+    q: Facts,
+    k: Facts,
+    v: Facts,
+    *,
+    batched: bool,
+    kv_layout: str,
+    pos_encoding_mode: str,
+    logits_soft_cap: float | None,
+    window_left: int,
+    kv_format: Any,
+    backend: str | None,
+) -> tuple[DecodeProblem, bool]:
+    """The problem that a call is, and whether it runs on CUDA. ValueError or TypeError for what does not fit."""
+    check_pos_encoding_mode(pos_encoding_mode)
     if backend not in (None, "cuda", "numpy"):
         raise ValueError(f"backend: expected 'cuda', 'numpy' or None, got {backend!r}")
     if logits_soft_cap is not None and not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
         raise ValueError(f"logits_soft_cap: expected a finite number >= 0 or None, got {logits_soft_cap}")
-    facts = {
-        name: library.facts(signature)
-        for name, signature in (("q", q_signature), ("k", k_signature), ("v", v_signature))
-    }
     problem = bind_decode(
-        *facts.values(), batched=batched, kv_layout=kv_layout, requested_format=kv_format,
-        soft_cap=bool(logits_soft_cap), window_left=window_left, position=pos_encoding_mode,
+        q, k, v, batched=batched, kv_layout=kv_layout, requested_format=kv_format, soft_cap=bool(logits_soft_cap),
+        window_left=window_left, position=pos_encoding_mode,
     )  # fmt: skip
-    q = facts["q"]
-    for name, other, itemsize in (
+    for name, facts, itemsize in (
         ("q", q, 2),
-        ("k", facts["k"], KV_FORMATS[problem.k_format].itemsize),
-        ("v", facts["v"], KV_FORMATS[problem.v_format].itemsize),
+        ("k", k, KV_FORMATS[problem.k_format].itemsize),
+        ("v", v, KV_FORMATS[problem.v_format].itemsize),
     ):
-        check_rows(name, other, itemsize)
-        if other.device != q.device:
-            raise ValueError(f"{name}: expected device {_device(q.device)} like q, got {_device(other.device)}")
-    out_strides = (problem.num_qo_heads * problem.head_dim * 2, problem.head_dim * 2)
-    if out_signature is not None:
-        out_strides = _check_out(library.facts(out_signature), q)
-    cuda = backend == "cuda" or (backend is None and (q.device != HOST or has_gpu()))
-    if cuda and not has_gpu():
-        raise RuntimeError(f"backend: {'cuda was asked for' if backend else 'the arrays need CUDA'}: {cupy_problem()}")
-    return _Prepared(problem, q, cuda, lse_base, out_strides)
+        check_rows(name, facts, itemsize)
+        if facts.device != q.device:
+            raise ValueError(f"{name}: expected device {_device(q.device)} like q, got {_device(facts.device)}")
+    return problem, backend == "cuda" or (backend is None and (q.device != HOST or has_gpu()))
 
 
 def _device(index: int) -> str:

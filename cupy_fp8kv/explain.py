@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import arrays
-from .arrays import HOST
-from .dispatch import common_library
+from .dispatch import check_call, common_library
 from .formats import Q_DTYPES, dtype_name
 from .formats import kv_format as format_called
 from .jit import compiler
-from .jit.device import device_info, has_gpu
+from .jit.device import device_info
 from .jit.spec import MergeSpec, Spec
 from .plan import DeviceInfo, Plan, plan_decode, specs
-from .positions import check_pos_encoding_mode
-from .problem import DecodeProblem, bind_decode
+from .problem import DecodeProblem
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,18 @@ def explain(
     """Which kernel, tile and splits a decode call with these arrays would use, and why. Nothing is run.
 
     Parameters are those of :func:`batch_decode_with_padded_kv_cache`, or of :func:`single_decode_with_kv_cache` if q
-    has two axes. ``device`` asks for a device that is not there.
+    has two axes. ``device`` tells the plan for a device that is not there.
     """
     q, k, v = (arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v")))
     library = common_library(q, k, v)
-    facts = [library.facts(library.read(array)[1]) for array in (q, k, v)]
-    problem = bind_decode(
-        *facts, batched=len(facts[0].shape) == 3, kv_layout=kv_layout, requested_format=kv_format,
-        soft_cap=bool(logits_soft_cap), window_left=window_left, position=check_pos_encoding_mode(pos_encoding_mode),
+    facts = [library.facts(arrays.read(library, array, name)[1]) for name, array in (("q", q), ("k", k), ("v", v))]
+    problem, cuda = check_call(
+        *facts, batched=len(facts[0].shape) == 3, kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode,
+        logits_soft_cap=logits_soft_cap, window_left=window_left, kv_format=kv_format, backend=backend,
     )  # fmt: skip
-    index = facts[0].device
-    if device is None and backend != "numpy" and (index != HOST or has_gpu()):
-        device = device_info(max(index, 0))
-    if device is None:
+    if backend == "numpy" or not (cuda or device):
         return Explanation("numpy", problem, None, None)
+    device = device or device_info(max(facts[0].device, 0))
     return Explanation("cuda", problem, device, plan_decode(problem, device))
 
 

@@ -24,6 +24,10 @@ class DeviceInfo:
     sm_count: int
     shared_per_block: int  # bytes, with opt-in
 
+    def __post_init__(self) -> None:
+        if self.arch < 80:
+            raise RuntimeError(f"{self.name} is sm_{self.arch}; cupy_fp8kv needs sm_80 or later")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,7 +51,7 @@ MAX_COLUMNS = 16
 #: Fragment registers with which 16 warps fit the registers of an SM without a spill; DecodeSpec.ahead knows for 8.
 _FRAGMENTS_OF_16_WARPS = 108
 #: A warp's tile of K and V is doubled until it has this many bytes: 16 or 8 warps then keep 40 to 64 KB in flight.
-_MIN_TILE_BYTES = {16: 3072, 8: 4608}
+_MIN_TILE_BYTES = {16: 2560, 8: 5120}
 #: A last wave that fills less than this of its slots is avoided by splitting.
 _MIN_FILL = 0.8
 #: Bytes of partial results that no plan exceeds.
@@ -87,10 +91,7 @@ def _subtiles(problem: DecodeProblem, warps: int, column_tiles: int) -> list[int
     """Numbers of 16-row subtiles to try for a tile, the wanted one first."""
     row_bytes = problem.head_dim * (KV_FORMATS[problem.k_format].itemsize + KV_FORMATS[problem.v_format].itemsize)
     wanted = next((n for n in (1, 2) if 16 * row_bytes * n >= _MIN_TILE_BYTES[warps]), 4)
-    if warps == 16:
-        return [min(wanted, 4 // column_tiles)]
-    # With 8 warps a smaller tile is better than none.
-    return [n for n in (4, 2, 1) if n <= wanted]
+    return [n for n in (4, 2, 1) if n <= min(wanted, 4 // column_tiles if warps == 16 else 4)]
 
 
 def specs(problem: DecodeProblem) -> list[DecodeSpec]:
@@ -134,6 +135,8 @@ def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
         spec, slots = choices[best]
         splits = splits_of(spec, slots)
         reason = f"{pieces} request heads in {splits} splits fill {filled[best]:.0%} of {slots} slots in one wave"
+    if spec.shared_bytes > device.shared_per_block:
+        raise RuntimeError(f"{device.name}: {spec} needs {spec.shared_bytes} bytes of shared memory a CTA")
     heads = problem.batch * problem.num_qo_heads * splits if splits > 1 else 0
     return Plan(
         spec=spec, splits=splits, column_blocks=blocks, grid=pieces * splits,

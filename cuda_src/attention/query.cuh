@@ -1,6 +1,6 @@
 // The queries of a CTA as B fragments: one column a query head, in the order of the head dimension that a row slice
-// of K comes in. They are read once, converted to the operand type of K without loss, and stay in registers, or in
-// shared memory where registers are needed for more than one tile of columns.
+// of K comes in. They are read once, converted to the operand type of K without loss, and kept in shared memory: their
+// registers are worth more to the tiles that are on their way.
 #pragma once
 #include "base/operand.cuh"
 #include "base/row_slice.cuh"
@@ -10,14 +10,13 @@ constexpr bool kSameType = false;
 template <class A>
 constexpr bool kSameType<A, A> = true;
 
-template <class QFormat, class KFormat, int HEAD_DIM, int COLUMN_TILES, bool SHARED>
+template <class QFormat, class KFormat, int HEAD_DIM, int COLUMN_TILES>
 class Query {
     using Source = typename QFormat::Operand;
     using Operand = typename KFormat::Operand;
     using Slice = RowSlice<HEAD_DIM * KFormat::kBytes, 4>;
 
     static constexpr bool kSame = kSameType<Source, Operand>;
-    static constexpr int kInRegisters = SHARED ? 0 : COLUMN_TILES;
 
   public:
     static constexpr int kSteps = HEAD_DIM / 16;
@@ -25,62 +24,42 @@ class Query {
     static constexpr int kTerms = !kSame && kSameType<Operand, BFloatOperand> ? 2 : 1;
     // bf16 fits fp16 after a power-of-two factor that brings the column's largest value below 2^15.
     static constexpr bool kHasFactor = !kSame && kSameType<Operand, HalfOperand>;
-    static constexpr int kSharedBytes = SHARED ? COLUMN_TILES * (kSteps * kTerms * 32 * 8 + 8 * 4) : 0;
+    static constexpr int kSharedBytes = COLUMN_TILES * (kSteps * kTerms * 32 * 8 + 8 * 4);
 
-    // `row(column)`: where the query of a column lies. `shared`: kSharedBytes.
+    // `row(column)`: where the query of a column lies. `shared`: kSharedBytes. All threads of the CTA take part.
     template <class Row>
-    DEVICE Query(Row row, const Lane& lane, u8* shared) {
-        if constexpr (SHARED) {
-            fragments_ = reinterpret_cast<uint2*>(shared) + lane.index();
-            float* factors = reinterpret_cast<float*>(shared + COLUMN_TILES * kSteps * kTerms * 32 * 8);
-            for (int n = lane.warp; n < COLUMN_TILES; n += blockDim.x / 32) {
-                u32 column[kSteps][kTerms][2];
-                const float factor = load(row(8 * n + lane.group), lane, column);
-#pragma unroll
-                for (int s = 0; s < kSteps; s++)
-#pragma unroll
-                    for (int i = 0; i < kTerms; i++) fragment(n, s, i) = make_uint2(column[s][i][0], column[s][i][1]);
-                if (lane.thread == 0) factors[8 * n + lane.group] = factor;
-            }
-            ptx::sync_threads();
-            if constexpr (kHasFactor)
-#pragma unroll
-                for (int n = 0; n < COLUMN_TILES; n++)
-#pragma unroll
-                    for (int c = 0; c < 2; c++) undo_[n][c] = factors[8 * n + 2 * lane.thread + c];
-        } else {
-#pragma unroll
-            for (int n = 0; n < COLUMN_TILES; n++) {
-                const float factor = load(row(8 * n + lane.group), lane, registers_[n]);
-                if constexpr (kHasFactor)
-#pragma unroll
-                    for (int c = 0; c < 2; c++) undo_[n][c] = ptx::shuffle(factor, 4 * (2 * lane.thread + c));
-            }
+    DEVICE Query(Row row, const Lane& lane, u8* shared)
+        : fragments_(reinterpret_cast<uint2*>(shared) + lane.index()),
+          inverses_(reinterpret_cast<float*>(shared + COLUMN_TILES * kSteps * kTerms * 32 * 8)) {
+        for (int n = lane.warp; n < COLUMN_TILES; n += blockDim.x / 32) {
+            const float inverse = load(row(8 * n + lane.group), n, lane);
+            if (lane.thread == 0) inverses_[8 * n + lane.group] = inverse;
         }
+        ptx::sync_threads();
     }
 
-    // Adds the products of the rows of a KTile with all columns.
-    template <class Keys, int SUBTILES>
-    DEVICE void multiply(const Keys& keys, float (&scores)[SUBTILES][COLUMN_TILES][4]) const {
+    // The A fragment of step s of subtile r: 16 rows of K.
+    template <class Keys>
+    static DEVICE void rows_of(const Keys& keys, int r, int s, u32 (&a)[4]) {
+        u32 low[2], high[2];
+        KFormat::row_pairs(keys.low[r], s, low);
+        KFormat::row_pairs(keys.high[r], s, high);
+        a[0] = low[0], a[1] = high[0], a[2] = low[1], a[3] = high[1];
+    }
+
+    // Adds the products of rows of K with all columns; `rows(r, s, a)` gives an A fragment.
+    template <int SUBTILES, class Rows>
+    DEVICE void multiply(Rows rows, float (&scores)[SUBTILES][COLUMN_TILES][4]) const {
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
             u32 a[SUBTILES][4];
 #pragma unroll
-            for (int r = 0; r < SUBTILES; r++) {
-                u32 low[2], high[2];
-                KFormat::row_pairs(keys.low[r], s, low);
-                KFormat::row_pairs(keys.high[r], s, high);
-                a[r][0] = low[0], a[r][1] = high[0], a[r][2] = low[1], a[r][3] = high[1];
-            }
+            for (int r = 0; r < SUBTILES; r++) rows(r, s, a[r]);
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
                 for (int i = 0; i < kTerms; i++) {
-                    uint2 b;
-                    if constexpr (SHARED)
-                        b = fragment(n, s, i);
-                    else
-                        b = make_uint2(registers_[n][s][i][0], registers_[n][s][i][1]);
+                    const uint2 b = fragment(n, s, i);
 #pragma unroll
                     for (int r = 0; r < SUBTILES; r++) Operand::mma(scores[r][n], a[r], b.x, b.y);
                 }
@@ -88,16 +67,16 @@ class Query {
     }
 
     // What the scores of column 2 * thread + c of tile n have to be multiplied with, beside `scale`.
-    DEVICE float logit_scale(float scale, int n, int c) const {
-        if constexpr (kHasFactor) return scale * undo_[n][c];
+    DEVICE float logit_scale(float scale, int n, int c, const Lane& lane) const {
+        if constexpr (kHasFactor) return scale * inverses_[8 * n + 2 * lane.thread + c];
         return scale;
     }
 
   private:
     DEVICE uint2& fragment(int n, int s, int i) const { return fragments_[((n * kSteps + s) * kTerms + i) * 32]; }
 
-    // Reads a lane's part of one query. Returns the inverse of the factor it was multiplied with.
-    static DEVICE float load(const u8* row, const Lane& lane, u32 (&column)[kSteps][kTerms][2]) {
+    // Stores a lane's part of one query. Returns the inverse of the factor it was multiplied with.
+    DEVICE float load(const u8* row, int n, const Lane& lane) const {
         uint2 words[kSteps];
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
@@ -118,24 +97,25 @@ class Query {
             inverse = ptx::bits_float(static_cast<u32>(254 - shift) << 23);
         }
 #pragma unroll
-        for (int s = 0; s < kSteps; s++)
+        for (int s = 0; s < kSteps; s++) {
+            u32 low[kTerms], high[kTerms];
+            convert(words[s].x, factor, low);
+            convert(words[s].y, factor, high);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 pair = half ? words[s].y : words[s].x;
-                u32 terms[kTerms];
-                if constexpr (kSame)
-                    terms[0] = pair;
-                else
-                    split_terms<Operand, kTerms>(factor * Source::low(pair), factor * Source::high(pair), terms);
-#pragma unroll
-                for (int i = 0; i < kTerms; i++) column[s][i][half] = terms[i];
-            }
+            for (int i = 0; i < kTerms; i++) fragment(n, s, i) = make_uint2(low[i], high[i]);
+        }
         return inverse;
+    }
+
+    static DEVICE void convert(u32 pair, float factor, u32 (&terms)[kTerms]) {
+        if constexpr (kSame)
+            terms[0] = pair;
+        else
+            split_terms<Operand, kTerms>(factor * Source::low(pair), factor * Source::high(pair), terms);
     }
 
     static DEVICE float largest_of(u32 pair) { return fmaxf(fabsf(Source::low(pair)), fabsf(Source::high(pair))); }
 
-    u32 registers_[kInRegisters ? kInRegisters : 1][kSteps][kTerms][2];
-    float undo_[COLUMN_TILES][2];
     uint2* fragments_;
+    float* inverses_;
 };

@@ -40,7 +40,8 @@ class PreparedDecode:
                 num_kv_heads=problem.num_kv_heads, column_blocks=plan.column_blocks, splits=plan.splits,
             ),
         )  # fmt: skip
-        self._launch = Launch(compiler.load(plan.spec, device), plan.grid, params)
+        # With a merge behind it, a call may start while the merge of the call before it runs.
+        self._launch = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=plan.splits > 1)
         if plan.splits > 1:
             params = ParamBlock(
                 "MergeParams", _MERGE_LEADING,

@@ -45,11 +45,6 @@ class DecodeSpec:
         return 2 if self.q == "f16" and self.k == "bf16" else 1
 
     @property
-    def query_shared(self) -> bool:
-        """Whether Q fragments live in shared memory: more than 32 registers of them cost warps."""
-        return self.column_tiles * self.query_terms * self.head_dim // 8 > 16
-
-    @property
     def fragment_registers(self) -> tuple[int, int, int]:
         """Registers of a thread that hold fragments and softmax states, for each value of ``ahead``.
 
@@ -57,12 +52,12 @@ class DecodeSpec:
         """
         steps = self.head_dim // 16
         weights = 2 if self.v == "bf16" else 1
-        softmax = self.column_tiles * (4 * self.subtiles + 4 + 2 * weights) + 8 * (self.column_tiles - 1)
+        always = 4 * self.column_tiles * (steps + self.subtiles + 1) + 2 * self.column_tiles * weights
+        always += 8 * (self.column_tiles - 1)
         keys = self.subtiles * 2 * steps * KV_FORMATS[self.k].itemsize
         values = self.subtiles * 4 * -(-steps * KV_FORMATS[self.v].itemsize // 2)
-        query = 0 if self.query_shared else 2 * steps * self.column_tiles * self.query_terms
-        always = 4 * self.column_tiles * steps + softmax + query
-        return always + max(keys, values), always + keys + values, always + 2 * keys + values
+        converted = self.subtiles * 4 * steps
+        return always + max(keys, values), always + keys + values, always + converted + keys + values
 
     @property
     def ahead(self) -> int:
@@ -87,7 +82,7 @@ class DecodeSpec:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA; the kernel asserts that it comes to the same figure."""
         steps = self.head_dim // 16
-        query = self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4) if self.query_shared else 0
+        query = self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4)
         states = self.warps * self.column_tiles * 8 * 8
         # combine.cuh: one tile of columns at a time where all do not fit.
         tile = self.warps * 8 * (16 * min(steps, 8) + 4) * 4
@@ -104,7 +99,7 @@ class DecodeSpec:
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
-            kCtasPerSm=self.ctas_per_sm, kQueryShared=self.query_shared, kAhead=self.ahead,
+            kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
             kSoftCap=self.soft_cap, kSharedBytes=self.shared_bytes,
         )  # fmt: skip
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")

@@ -70,7 +70,7 @@ def test_cases_take_every_path():
         ("CTAs per SM", {plan.spec.ctas_per_sm for plan in plans}, {1, 2, 4}),
         ("column tiles", {plan.spec.column_tiles for plan in plans}, {1, 2}),
         ("column blocks", {plan.column_blocks for plan in plans} >= {1, 2, 3, 8, 16}, True),
-        ("q in shared memory", {plan.spec.query_shared for plan in plans}, {False, True}),
+        ("tiles ahead", {plan.spec.ahead for plan in plans} >= {0, 2}, True),
         ("q in two terms", {plan.spec.query_terms for plan in plans}, {1, 2}),
         ("subtiles", {plan.spec.subtiles for plan in plans} >= {1, 2}, True),
     ):
