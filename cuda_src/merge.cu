@@ -24,13 +24,13 @@ DEVICE void add(float4& x, const float4& other, float factor) {
 }
 
 
-extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ MergeParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ DecodeParams p) {
     __shared__ SoftmaxState states[kMostParts];
     __shared__ float4 outs[kThreads];
     const int quads = p.head_dim / 4;
     const int parts = kThreads / quads;
     const int quad = threadIdx.x % quads, part = threadIdx.x / quads;
-    const i64 first = static_cast<i64>(blockIdx.x) * p.splits;
+    const i64 first = static_cast<i64>(blockIdx.x) * p.splits.value;
 
     // What comes next may take its places now and wait there; this waits for the partial results.
     ptx::let_next_kernel_start();
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
     if (part < parts) {
         const float4* partial_out = reinterpret_cast<const float4*>(p.partial_out) + first * quads + quad;
         const float2* partial_state = reinterpret_cast<const float2*>(p.partial_state) + first;
-        for (int begin = part; begin < p.splits; begin += kAtOnce * parts) {
+        for (int begin = part; begin < p.splits.value; begin += kAtOnce * parts) {
             // All loads of a round before the first use: what is slow here is the way to memory and back.
             SoftmaxState states_read[kAtOnce];
             float4 outs_read[kAtOnce];
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
                 const int split = begin + i * parts;
-                const bool exists = split < p.splits;
+                const bool exists = split < p.splits.value;
                 const float2 s = exists ? partial_state[split] : make_float2(0.0f, 0.0f);
                 states_read[i] = exists ? SoftmaxState{s.x, s.y} : SoftmaxState::empty();
                 outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : zero;
@@ -72,10 +72,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
 
     out = zero;
     state = merge_states(
-        min_of(parts, p.splits), [&](int i) { return states[i]; },
+        min_of(parts, p.splits.value), [&](int i) { return states[i]; },
         [&](int i, float factor) { add(out, outs[i * quads + quad], factor); });
     const float factor = state.normalizer();
-    const int request = blockIdx.x / p.num_qo_heads, head = blockIdx.x % p.num_qo_heads;
+    const int num_qo_heads = p.num_kv_heads.value * p.group_size;
+    const int request = blockIdx.x / num_qo_heads, head = blockIdx.x % num_qo_heads;
     u8* to = p.out + request * p.out_stride_request + head * p.out_stride_head;
     reinterpret_cast<uint2*>(to)[quad] = make_uint2(QFormat::Operand::pack(out.x * factor, out.y * factor),
                                                     QFormat::Operand::pack(out.z * factor, out.w * factor));

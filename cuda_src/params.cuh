@@ -5,6 +5,7 @@
 #pragma once
 #include "base/divide.cuh"
 
+// decode.cu, and merge.cu behind it.
 struct DecodeParams {
     // What changes from call to call comes first: it is written by one pack.
     float* partial_out;      // [B, Hq, splits, D], or null when splits == 1
@@ -38,22 +39,10 @@ struct DecodeParams {
     int k_stride_row;        // 32 bits: a row's address is then one multiply-add
     int v_stride_row;
     int group_size;          // Hq / Hkv
+    int head_dim;            // D
     Divisor num_kv_heads;    // Hkv
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
-};
-
-struct MergeParams {
-    const float* partial_out;    // [B, Hq, splits, D]
-    const float* partial_state;  // [B, Hq, splits, 2]
-    u8* out;                     // [B, Hq, D]
-    float* lse;                  // [B, Hq], or null
-    float lse_unit;
-    int splits;
-    int num_qo_heads;
-    int head_dim;
-    i64 out_stride_request;
-    i64 out_stride_head;
 };
 
 // Rows of D elements on three axes; what has fewer axes has size 1 there.

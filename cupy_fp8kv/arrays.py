@@ -58,6 +58,10 @@ class Library:
         """An uninitialised, C-contiguous array and its address."""
         raise NotImplementedError
 
+    def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
+        """``empty`` for the dtype and device of ``array``, which some libraries do faster."""
+        return self.empty(shape, dtype, device)
+
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
         """Bytes of device memory for work on ``stream``, the current one: something to hold, and the address."""
         return self.empty((nbytes,), "uint8", device)
@@ -208,6 +212,10 @@ class TorchLibrary(Library):
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
         tensor = self._torch.empty(shape, dtype=self._dtypes[dtype], device=self._device(device))
+        return tensor, tensor.data_ptr()
+
+    def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
+        tensor = array.detach().new_empty(shape) if array.requires_grad else array.new_empty(shape)
         return tensor, tensor.data_ptr()
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:

@@ -126,7 +126,7 @@ def decode(
     if kv_lens is not None:
         kv_lens, lens_address = _device_lens(kv_lens, library, prepared.problem, device)
     if out is None:
-        out, out_address = library.empty(prepared.out_shape, prepared.out_dtype, device)
+        out, out_address = library.empty_like(q, prepared.out_shape, prepared.out_dtype, device)
     lse, lse_address = library.empty(prepared.lse_shape, "float32", device) if return_lse else (None, 0)
     # In the order of DecodeParams.
     prepared.run(library, (

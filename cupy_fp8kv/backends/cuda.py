@@ -11,9 +11,8 @@ from ..jit.spec import MergeSpec, QuantizeSpec
 from ..plan import Plan, plan_decode
 from ..problem import DecodeProblem
 
-#: Fields of DecodeParams and MergeParams that change from call to call.
+#: Fields of DecodeParams that change from call to call.
 _DECODE_LEADING = 18
-_MERGE_LEADING = 5
 #: Fields of QuantizeParams likewise.
 _QUANTIZE_LEADING = 4
 
@@ -35,21 +34,18 @@ class PreparedDecode:
             v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            kv_len=problem.kv_len, group_size=problem.group_size,
+            kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
             **divisors(
                 num_kv_heads=problem.num_kv_heads, column_blocks=plan.column_blocks, splits=plan.splits,
             ),
         )  # fmt: skip
         # With a merge behind it, a call may start while the merge of the call before it runs.
-        self._launch = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=plan.splits > 1)
-        if plan.splits > 1:
-            params = ParamBlock(
-                "MergeParams", _MERGE_LEADING,
-                splits=plan.splits, num_qo_heads=problem.num_qo_heads, head_dim=problem.head_dim,
-                out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            )  # fmt: skip
-            grid = problem.batch * problem.num_qo_heads
-            self._merge = Launch(compiler.load(MergeSpec(problem.q_format), device), grid, params, dependent=True)
+        split = plan.splits > 1
+        self._params = params
+        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=split)
+        if split:
+            merge = compiler.load(MergeSpec(problem.q_format), device)
+            self._merge = Launch(merge, problem.batch * problem.num_qo_heads, params, dependent=True)
 
     def run(self, library: Library, values: tuple[int | float, ...]) -> None:
         """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""
@@ -63,15 +59,18 @@ class PreparedDecode:
         plan = self.plan
         if plan.grid == 0:
             return
-        stream = library.stream(self.device)
+        stream, params = library.stream(self.device), self._params
         if plan.splits == 1:
-            self._launch(stream, 0, 0, *values)
+            with params.lock:
+                params.write(0, 0, *values)
+                self._decode(stream)
             return
         # What the workspace's owner frees when this returns is freed in the order of the stream.
         _workspace, partial_out = library.workspace(plan.workspace, self.device, stream)
-        partial_state = partial_out + plan.workspace_out
-        self._launch(stream, partial_out, partial_state, *values)
-        self._merge(stream, partial_out, partial_state, *values[:3])
+        with params.lock:
+            params.write(partial_out, partial_out + plan.workspace_out, *values)
+            self._decode(stream)
+            self._merge(stream)
 
 
 class RowAxes:
@@ -108,7 +107,9 @@ class Quantizer:
 
     def _launch(self, entry: str, grid: int, stream: int, params: ParamBlock, *values: int | float) -> None:
         spec = QuantizeSpec(entry, *self._types, software_fp8=self._software)
-        Launch(compiler.load(spec, self._device), grid, params)(stream, *values)
+        with params.lock:
+            params.write(*values)
+            Launch(compiler.load(spec, self._device), grid, params)(stream)
 
     def _params(self, axes: RowAxes, scale_strides: tuple[int, int, int], scale_count: int) -> ParamBlock:
         return ParamBlock(

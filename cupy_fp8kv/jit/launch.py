@@ -66,30 +66,28 @@ class Launch:
     plainly, with the same result.
     """
 
-    __slots__ = ("_arguments", "_config", "_config_address", "_handle", "_launch", "_launch_ex", "_spec", "params")
+    __slots__ = ("_arguments", "_attribute", "_config", "_config_address", "_launch", "_launch_ex", "_params", "_spec")
 
     def __init__(self, kernel: Kernel, grid: int, params: ParamBlock, dependent: bool = False):
-        self.params = params
+        self._params = params
         self._spec = kernel.spec
-        self._handle = kernel.handle
         self._launch = launch_kernel()
         early = dependent and device_info(kernel.device).arch >= 90
         self._launch_ex = _driver_function("cuLaunchKernelEx", 4) if early else None
-        # Grid, block, shared memory: what stands between the function and the stream in a launch.
+        # Function, grid, block, shared memory: what comes before the stream in a launch.
         self._arguments = (kernel.handle, grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
-        attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        self._config = _Config(*self._arguments[1:], attributes=ctypes.pointer(attribute), attribute_count=1)
+        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._config = _Config(
+            *self._arguments[1:], attributes=ctypes.pointer(self._attribute), attribute_count=1
+        )  # fmt: skip
         self._config_address = ctypes.addressof(self._config)
 
-    def __call__(self, stream: int, *values: int | float) -> None:
-        """Launch on ``stream``; ``values`` are the leading fields of the argument block."""
-        params = self.params
-        with params.lock:
-            params.write(*values)
-            if self._launch_ex is None:
-                self._launch(*self._arguments, stream, params.address, 0)
-                return
-            self._config.stream = stream
-            status = self._launch_ex(self._config_address, self._handle, params.address, 0)
+    def __call__(self, stream: int) -> None:
+        """Launch on ``stream``. Call with the lock of the argument block held since it was written."""
+        if self._launch_ex is None:
+            self._launch(*self._arguments, stream, self._params.address, 0)
+            return
+        self._config.stream = stream
+        status = self._launch_ex(self._config_address, self._arguments[0], self._params.address, 0)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx failed on {self._spec} with CUDA driver error {status}")

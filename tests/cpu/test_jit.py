@@ -188,7 +188,7 @@ def flattened(struct, base=0):
 
 #: Fields that change from call to call; of other blocks, all.
 LEADING = {name: len(fields) for name, fields in STRUCTS.items()} | {
-    "DecodeParams": cuda._DECODE_LEADING, "MergeParams": cuda._MERGE_LEADING, "QuantizeParams": cuda._QUANTIZE_LEADING,
+    "DecodeParams": cuda._DECODE_LEADING, "QuantizeParams": cuda._QUANTIZE_LEADING,
 }  # fmt: skip
 CODES = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_uint32: "I", ctypes.c_float: "f"}
 
@@ -205,7 +205,7 @@ def numbered(name):
 
 def test_every_struct_is_read():
     declared = re.findall(r"^struct (\w+) \{", sources.FILES["params.cuh"], re.M)
-    assert {"DecodeParams", "MergeParams", "QuantizeParams"} <= set(declared) == set(STRUCTS) == set(LEADING)
+    assert {"DecodeParams", "QuantizeParams"} <= set(declared) == set(STRUCTS) == set(LEADING)
 
 
 @pytest.mark.parametrize("name", LEADING)
@@ -236,13 +236,13 @@ def test_a_write_changes_only_what_leads(name):
 
 
 def test_fields_must_match():
-    fields = [field for field, _ in STRUCTS["MergeParams"]]
-    rest = dict.fromkeys(fields[LEADING["MergeParams"] :], 0)
-    ParamBlock("MergeParams", LEADING["MergeParams"], **rest)
+    fields = [field for field, _ in STRUCTS["QuantizeParams"]]
+    rest = dict.fromkeys(fields[LEADING["QuantizeParams"] :], 0)
+    ParamBlock("QuantizeParams", LEADING["QuantizeParams"], **rest)
     with pytest.raises(AssertionError, match=fields[-1]):
-        ParamBlock("MergeParams", LEADING["MergeParams"], **{k: v for k, v in rest.items() if k != fields[-1]})
-    with pytest.raises(AssertionError, match="MergeParams"):
-        ParamBlock("MergeParams", LEADING["MergeParams"], **rest, more=1)
+        ParamBlock("QuantizeParams", LEADING["QuantizeParams"], **{k: v for k, v in rest.items() if k != fields[-1]})
+    with pytest.raises(AssertionError, match="QuantizeParams"):
+        ParamBlock("QuantizeParams", LEADING["QuantizeParams"], **rest, more=1)
 
 
 def test_what_leads_is_what_a_call_writes():
