@@ -28,6 +28,15 @@ constexpr int kTileRows = 16 * kSubtiles;
 constexpr int kColumns = 8 * kColumnTiles;
 static_assert(kSharedBytes == Queries::kSharedBytes + WarpCombine::kSharedBytes, "spec.py and the kernel disagree");
 
+// tanh(y) to some 2^-20 of itself: 1 - 2 / (1 + exp(2y)), which is exact at both ends but cancels near 0, where its
+// series is used (DLMF 4.33.3).
+DEVICE float tanh_of(float y) {
+    const float square = y * y;
+    const float series = y * (1.0f - square * (0.33333333f - square * (0.13333333f - square * 0.05396825f)));
+    const float rational = 1.0f - 2.0f / (1.0f + ptx::exp2(y * (2.0f * kLog2E)));
+    return square < 0.04f ? series : rational;
+}
+
 // Scores of a tile to logits in the base of exp2, masked.
 DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries& queries, const DecodeParams& p,
                       float scale, int first_row, int first_head, int kv_len, const RowRange& range, const Lane& lane) {
@@ -41,9 +50,7 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
                 const int head = first_head + 8 * n + 2 * lane.thread + i % 2;
                 float x = scores[r][n][i] * queries.logit_scale(scale, n, i % 2, lane);
                 if constexpr (kSoftCap) {
-                    // cap * tanh(x / cap); tanh(y) = 1 - 2 / (1 + exp(2y)) is exact at both ends.
-                    const float e = ptx::exp2(x * (2.0f * kLog2E / p.soft_cap));
-                    x = (p.soft_cap * kLog2E) * (1.0f - 2.0f / (1.0f + e));
+                    x = (p.soft_cap * kLog2E) * tanh_of(x / p.soft_cap);
                 }
                 scores[r][n][i] = Position::logit(x, head, kv_len - 1 - row);
             }

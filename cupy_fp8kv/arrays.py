@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .jit.device import on_device, require_cupy
 from .problem import Facts
 
 HOST = -1
@@ -126,10 +127,14 @@ class CupyLibrary(Library):
         return Facts(dtype.name, shape, strides, device, self.name)
 
     def stream(self, device: int) -> int:
-        return self._current_stream().ptr
+        return self._current_stream(device).ptr
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
-        array = self._ndarray(shape, _NUMPY_DTYPES[dtype])
+        if self._runtime.getDevice() == device:
+            array = self._ndarray(shape, _NUMPY_DTYPES[dtype])
+        else:
+            with on_device(self._runtime, device):
+                array = self._ndarray(shape, _NUMPY_DTYPES[dtype])
         return array, array.data.ptr
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
@@ -154,8 +159,6 @@ class CupyLibrary(Library):
         return array.view(carrier).get().view(array.dtype) if carrier else array.get()
 
     def from_numpy(self, values: np.ndarray, device: int) -> Any:
-        from .jit.device import on_device
-
         carrier = _CARRIERS.get(values.dtype.name)
         values = np.ascontiguousarray(values)
         with on_device(self._runtime, max(device, 0)):
@@ -297,7 +300,7 @@ class JaxLibrary(Library):
         return self._cupy().empty(shape, dtype, device)
 
     def wrap(self, array: Any) -> Any:
-        sys.modules["cupy"].cuda.get_current_stream().synchronize()
+        sys.modules["cupy"].cuda.get_current_stream(array.data.device_id).synchronize()
         carrier = _CARRIERS.get(array.dtype.name)
         exported = self._jax.dlpack.from_dlpack(array.view(carrier) if carrier else array)
         if carrier is None:
@@ -328,15 +331,12 @@ _CLASSES = {"cupy": CupyLibrary, "torch": TorchLibrary, "jax": JaxLibrary}
 def library(name: str) -> Library:
     """The library called ``name``, whose module has been imported."""
     found = _libraries.get(name)
-    if found is None:
-        found = _libraries[name] = _CLASSES[name](sys.modules[name])
-    return found
+    # The first use from several threads at once must give one instance: libraries are compared by identity.
+    return found if found is not None else _libraries.setdefault(name, _CLASSES[name](sys.modules[name]))
 
 
 def cupy_library() -> Library:
     """CuPy's library; RuntimeError that says why if CuPy cannot run here."""
-    from .jit.device import require_cupy
-
     require_cupy()
     return library("cupy")
 
@@ -380,8 +380,9 @@ def adopt(array: Any, argument: str) -> Any:
     raise TypeError(f"{argument}: expected an array on the host or a CUDA device, got DLPack device {device_type}")
 
 
-def upload(library: Library, values: np.ndarray, device: int) -> Any:
-    """Host values as an array of ``library`` on ``device``."""
+def upload(library: Library, values: np.ndarray, device: int) -> tuple[Any, int]:
+    """Host values on ``device``, from the allocator of ``library``: something to hold, and the address."""
     if library.name == "jax":
         library = cupy_library()
-    return library.from_numpy(values, device)
+    array = library.from_numpy(values, device)
+    return array, library.read(array)[0]

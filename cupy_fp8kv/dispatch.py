@@ -15,11 +15,13 @@ from . import arrays, scales
 from .arrays import HOST, Library
 from .backends import reference
 from .formats import KV_FORMATS
-from .jit.device import cupy_problem, has_gpu, refuse_capture
+from .jit.device import cupy_problem, has_gpu
+from .lengths import device_lens, device_name, host_lens
 from .positions import check_pos_encoding_mode
 from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
 
 _LSE_UNITS = {"2": 1.0, "e": math.log(2.0)}
+_MOST_FLOAT32 = 3.4028234e38
 #: Kinds of calls that are remembered before all are forgotten.
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
@@ -79,7 +81,7 @@ def decode(
         raise
     out_address, out_signature = _read_out(library, out) if out is not None else (0, None)
     # Values that compare equal to a checked one must not pass as it.
-    if type(window_left) is not int:
+    if type(window_left) is not int or not -1 <= window_left < 2**31:
         window_left = _integer(window_left, "window_left")
     if logits_soft_cap is not None and type(logits_soft_cap) is not float:
         logits_soft_cap = scales.number(logits_soft_cap, "logits_soft_cap")
@@ -113,6 +115,8 @@ def decode(
     if (q_address | k_address | v_address | out_address) % 16:
         for name, address in (("q", q_address), ("k", k_address), ("v", v_address), ("out", out_address)):
             check_address(name, address)
+    if not (q_address and k_address and v_address):
+        _refuse_null(prepared.problem, q=q_address, k=k_address, v=v_address)
     device = prepared.device
     heads = prepared.problem.num_kv_heads
     q_factor = k_factor = v_factor = scales.NO_SCALE
@@ -124,15 +128,21 @@ def decode(
         v_factor = scales.device_scale(v_scale, "v_scale", heads, library, device)
     lens_address = 0
     if kv_lens is not None:
-        kv_lens, lens_address = _device_lens(kv_lens, library, prepared.problem, device)
+        kv_lens, lens_address = device_lens(kv_lens, library, prepared.problem, device)
     if out is None:
         out, out_address = library.empty_like(q, prepared.out_shape, prepared.out_dtype, device)
     lse, lse_address = library.empty(prepared.lse_shape, "float32", device) if return_lse else (None, 0)
     # In the order of DecodeParams.
+    logit_scale = sm_scale * q_factor.known * k_factor.known
+    if not (-_MOST_FLOAT32 <= logit_scale <= _MOST_FLOAT32 and -_MOST_FLOAT32 <= v_factor.known <= _MOST_FLOAT32):
+        raise ValueError(
+            f"sm_scale, q_scale, k_scale, v_scale: expected finite factors in float32, got {logit_scale} for the "
+            f"logits and {v_factor.known} for the result"
+        )
     prepared.run(library, (
         out_address, lse_address, prepared.lse_unit, q_address, k_address, v_address, lens_address,
         q_factor.address, k_factor.address, v_factor.address,
-        sm_scale * q_factor.known * k_factor.known, v_factor.known, logits_soft_cap or 0.0,
+        logit_scale, v_factor.known, logits_soft_cap or 0.0,
         window_left, k_factor.stride, v_factor.stride,
     ))  # fmt: skip
     if return_lse:
@@ -140,10 +150,18 @@ def decode(
     return library.wrap(out)
 
 
+def _refuse_null(problem: DecodeProblem, **addresses: int) -> None:
+    """Only an array without elements may have no memory; torch's fake tensors have none either."""
+    for name, address in addresses.items():
+        if not address and problem.batch and (name == "q" or problem.kv_len):
+            raise ValueError(f"{name}: expected an array with memory, got one at address 0 (a fake tensor?)")
+
+
 def _integer(value: Any, argument: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
-    return int(value)
+    # Beyond any length, and what 32 bits hold.
+    return max(-1, min(int(value), 2**31 - 1))
 
 
 def common_library(q: Any, k: Any, v: Any) -> Library:
@@ -164,6 +182,8 @@ def _read_out(library: Library, out: Any) -> tuple[int, Any]:
         raise TypeError(f"out: {library.name} arrays cannot be written; leave it out")
     if arrays.library_of(out, "out") is not library:
         raise TypeError(f"out: expected an array of {library.name} like q, got {type(out).__name__}")
+    if library.name == "numpy" and not out.flags.writeable:
+        raise ValueError("out: expected an array that can be written, got a read-only one")
     return arrays.read(library, out, "out")
 
 
@@ -213,7 +233,7 @@ def check_call(
 ) -> tuple[DecodeProblem, bool]:
     """The problem that a call is, and whether it runs on CUDA. ValueError or TypeError for what does not fit."""
     check_pos_encoding_mode(pos_encoding_mode)
-    if backend not in (None, "cuda", "numpy"):
+    if not (backend is None or (isinstance(backend, str) and backend in ("cuda", "numpy"))):
         raise ValueError(f"backend: expected 'cuda', 'numpy' or None, got {backend!r}")
     if logits_soft_cap is not None and not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
         raise ValueError(f"logits_soft_cap: expected a finite number >= 0 or None, got {logits_soft_cap}")
@@ -228,12 +248,8 @@ def check_call(
     ):
         check_rows(name, facts, itemsize)
         if facts.device != q.device:
-            raise ValueError(f"{name}: expected device {_device(q.device)} like q, got {_device(facts.device)}")
+            raise ValueError(f"{name}: expected device {device_name(q.device)} like q, got {device_name(facts.device)}")
     return problem, backend == "cuda" or (backend is None and (q.device != HOST or has_gpu()))
-
-
-def _device(index: int) -> str:
-    return "host" if index == HOST else f"cuda:{index}"
 
 
 def _check_out(out: Facts, q: Facts) -> tuple[int, int]:
@@ -241,55 +257,19 @@ def _check_out(out: Facts, q: Facts) -> tuple[int, int]:
     for what, expected, got in (
         ("shape", list(q.shape), list(out.shape)),
         ("dtype", q.dtype, out.dtype),
-        ("device", _device(q.device), _device(out.device)),
+        ("device", device_name(q.device), device_name(out.device)),
     ):
         if expected != got:
             raise (TypeError if what == "dtype" else ValueError)(f"out: expected {what} {expected} like q, got {got}")
     check_rows("out", out, 2)
+    row = 2 * out.shape[-1]
+    heads, head_stride = out.shape[-2], abs(out.strides[-2])
+    batch, batch_stride = (out.shape[0], abs(out.strides[0])) if len(out.shape) == 3 else (1, 0)
+    apart = (heads < 2 or head_stride >= row) and (batch < 2 or batch_stride >= row)
+    nested = batch < 2 or heads < 2 or batch_stride >= heads * head_stride or head_stride >= batch * batch_stride
+    if not (apart and nested):
+        raise ValueError(f"out: expected rows that do not overlap, got strides {list(out.strides)} in bytes")
     return (0, out.strides[0]) if len(out.shape) == 2 else (out.strides[0], out.strides[1])
-
-
-def host_lens(kv_lens: Any, batch: int, kv_len: int) -> np.ndarray:
-    """Lengths that the host can see, checked: integers, ``[batch]``, each in ``[0, kv_len]``; as int32."""
-    lens = np.asarray(kv_lens)
-    if not lens.size:
-        lens = lens.astype(np.int32)
-    if lens.dtype.kind not in "iu":
-        raise TypeError(f"kv_lens: expected int32, got {lens.dtype}")
-    if lens.shape != (batch,):
-        raise ValueError(f"kv_lens: expected shape [{batch}], got {list(lens.shape)}")
-    if batch and (lens.min() < 0 or lens.max() > kv_len):
-        wrong = int(np.flatnonzero((lens < 0) | (lens > kv_len))[0])
-        raise ValueError(f"kv_lens: expected lengths from 0 to {kv_len}, got {lens[wrong]} for request {wrong}")
-    return lens.astype(np.int32)
-
-
-def _device_lens(kv_lens: Any, library: Library, problem: DecodeProblem, device: int) -> tuple[Any, int]:
-    """Lengths where the kernel reads them: something to hold, and the address."""
-    if isinstance(kv_lens, (list, tuple)):
-        kv_lens = np.asarray(kv_lens)
-    source = arrays.library_of(kv_lens, "kv_lens")
-    if source is None:
-        raise TypeError(f"kv_lens: expected an array of {library.name} or NumPy, got {type(kv_lens).__name__}")
-    address, signature = arrays.read(source, kv_lens, "kv_lens")
-    facts = source.facts(signature)
-    if facts.device == HOST:
-        lens = host_lens(source.to_numpy(kv_lens), problem.batch, problem.kv_len)
-        refuse_capture(library.stream(device), "kv_lens")
-        uploaded = arrays.upload(library, lens, device)
-        return uploaded, library.read(uploaded)[0]
-    if source is not library:
-        raise TypeError(f"kv_lens: expected an array of {library.name} like q, got one of {source.name}")
-    if facts.device != device:
-        raise ValueError(f"kv_lens: expected device {_device(device)} like q, got {_device(facts.device)}")
-    if facts.dtype != "int32":
-        raise TypeError(f"kv_lens: expected int32, got {facts.dtype}")
-    if facts.shape != (problem.batch,) or (problem.batch > 1 and facts.strides != (4,)):
-        raise ValueError(
-            f"kv_lens: expected a contiguous array [{problem.batch}], got shape {list(facts.shape)} with strides "
-            f"{list(facts.strides)} in bytes"
-        )
-    return kv_lens, address
 
 
 def _decode_from_host(

@@ -13,7 +13,7 @@ from .jit import compiler
 from .jit.device import device_info
 from .jit.spec import MergeSpec, Spec
 from .plan import DeviceInfo, Plan, plan_decode, specs
-from .problem import DecodeProblem
+from .problem import DecodeProblem, check_heads
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def warmup(
     pair = kv_format if isinstance(kv_format, (tuple, list)) else (kv_format, kv_format)
     k_format, v_format = (format_called(one).name for one in pair)
     q_format = "f16" if name == "float16" else "bf16"
+    check_heads(group_size, 1, head_dim)
     problem = DecodeProblem(
         1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),
         soft_cap=logits_soft_cap,

@@ -29,6 +29,15 @@ class Facts(NamedTuple):
     device: int
     library: str
 
+    def is_contiguous(self, itemsize: int) -> bool:
+        """Whether the elements follow each other in C order."""
+        step = itemsize
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size > 1 and stride != step:
+                return False
+            step *= size
+        return True
+
 
 @dataclass(frozen=True)
 class DecodeProblem:
@@ -115,6 +124,12 @@ def check_rows(argument: str, facts: Facts, itemsize: int) -> None:
             )
 
 
+def _without_idle_strides(facts: Facts) -> Facts:
+    """Axes of one element are never stepped along, and libraries give them any stride."""
+    strides = tuple(stride if size > 1 else 0 for size, stride in zip(facts.shape, facts.strides, strict=True))
+    return facts._replace(strides=strides)
+
+
 def check_address(argument: str, address: int) -> None:
     if address % ROW_ALIGNMENT:
         raise ValueError(
@@ -138,6 +153,16 @@ def formats_of(k: Facts, v: Facts, requested: object) -> tuple[str, str]:
             carried = asked
         names.append(carried.name)
     return names[0], names[1]
+
+
+def check_heads(hq: int, hkv: int, head_dim: int) -> None:
+    """ValueError for numbers of heads, or a head_dim, that no kernel has."""
+    if hkv < 1 or hq < 1 or hq % hkv:
+        raise ValueError(f"q: expected num_qo_heads to be a positive multiple of num_kv_heads = {hkv}, got {hq}")
+    if hq // hkv > MAX_GROUP_SIZE:
+        raise ValueError(f"q: expected at most {MAX_GROUP_SIZE} query heads per cache head, got {hq // hkv}")
+    if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % 16:
+        raise ValueError(f"q: expected a head_dim that is a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
 
 
 def bind_decode(
@@ -164,21 +189,17 @@ def bind_decode(
     sizes.bind("k", k.shape, (*lead, *rows, "head_dim"))
     sizes.bind("v", v.shape, (*lead, *rows, "head_dim"))
     hq, hkv, head_dim = sizes["num_qo_heads"], sizes["num_kv_heads"], sizes["head_dim"]
-    if hkv < 1 or hq < 1 or hq % hkv:
-        raise ValueError(f"q: expected num_qo_heads to be a positive multiple of num_kv_heads = {hkv}, got {hq}")
-    if hq // hkv > MAX_GROUP_SIZE:
-        raise ValueError(f"q: expected at most {MAX_GROUP_SIZE} query heads per cache head, got {hq // hkv}")
-    if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % 16:
-        raise ValueError(f"q: expected a head_dim that is a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
+    check_heads(hq, hkv, head_dim)
     if sizes["kv_len"] > MAX_KV_LEN:
         raise ValueError(f"k: expected at most {MAX_KV_LEN} rows a request, got {sizes['kv_len']}")
     # Strides of the axes (batch, row, head) that the kernels know; a single request's batch axis is never stepped.
+    q, k, v = (_without_idle_strides(facts) for facts in (q, k, v))
     no_batch: tuple[int, ...] = () if batched else (0,)
     q_request, q_head = (*no_batch, *q.strides[:-1])
     k_request, k_row, k_head = (*no_batch, *to_nhd(k.strides, kv_layout)[:-1])
     v_request, v_row, v_head = (*no_batch, *to_nhd(v.strides, kv_layout)[:-1])
     for argument, stride in (("k", k_row), ("v", v_row)):
-        if sizes["kv_len"] > 1 and abs(stride) > MAX_ROW_STRIDE:
+        if abs(stride) > MAX_ROW_STRIDE:
             raise ValueError(f"{argument}: expected rows at most {MAX_ROW_STRIDE} bytes apart, got {stride}")
     return DecodeProblem(
         batch=sizes["batch"] if batched else 1, kv_len=sizes["kv_len"], num_qo_heads=hq, num_kv_heads=hkv,

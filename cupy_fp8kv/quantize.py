@@ -13,10 +13,10 @@ from .arrays import HOST, Library
 from .backends import reference
 from .formats import FP8_FORMATS, Q_DTYPES, KVFormat, float_dtype, format_of_dtype
 from .formats import kv_format as format_called
-from .jit.device import cupy_problem, has_gpu
+from .jit.device import cupy_problem, has_gpu, refuse_capture
 from .layouts import token_head_axes
 from .problem import Facts, check_address, check_rows
-from .scales import is_number
+from .scales import check_dtype, is_number, number
 
 #: What a computed scale may be common to.
 GRANULARITIES = ("tensor", "head", "token")
@@ -222,6 +222,7 @@ class _Call:
             return (1,)
         if arrays.library_of(scale, "scale") is None:
             raise TypeError("scale: expected a number or an array of NumPy, CuPy, torch or JAX")
+        check_dtype(scale, "scale")
         got, shape = tuple(scale.shape), self.facts.shape
         if got in ((), (1,)):
             return (1,)
@@ -242,7 +243,7 @@ class _Call:
     def device_scale(self, scale: Any, shape: tuple[int, ...]) -> tuple[float, int, Any]:
         """(number, address, what keeps it alive): one of the first two is what the kernel uses."""
         if is_number(scale):
-            return float(scale), 0, None
+            return number(scale, "scale"), 0, None
         source = arrays.library_of(scale, "scale")
         assert source is not None  # shape_of() refused others
         _, signature = source.read(scale)
@@ -251,10 +252,16 @@ class _Call:
             values = self.host_scale(scale, shape)
             if values.size == 1:
                 return float(values[0]), 0, None
-            scale = arrays.upload(self.library, values, self.device)
-            return 1.0, self.library.read(scale)[0], scale
+            refuse_capture(self.library.stream(self.device), "scale")
+            scale, address = arrays.upload(self.library, values, self.device)
+            return 1.0, address, scale
         if source is not self.library or facts.device != self.device:
-            raise ValueError(f"scale: expected an array of {self.library.name} on the device of {self.argument}")
+            raise ValueError(
+                f"scale: expected an array of {self.library.name} on device {self.device} like {self.argument}, "
+                f"got one of {source.name} on device {facts.device}"
+            )
+        if facts.dtype != "float32" or not facts.is_contiguous(4):
+            refuse_capture(self.library.stream(self.device), "scale", "contiguous float32")
         scale = source.as_float32(scale)
         return 1.0, source.read(scale)[0], scale
 

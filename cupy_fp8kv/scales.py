@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import HOST, Library, library_of, read, upload
+from .formats import dtype_name
 from .jit.device import refuse_capture
 
 
@@ -22,8 +23,19 @@ class Scale(NamedTuple):
 NO_SCALE = Scale(1.0, 0, 0, None)
 
 
+#: Types that a scale array may have.
+SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_dtype(value: Any, argument: str) -> None:
+    name = dtype_name(value.dtype)
+    if name not in SCALE_DTYPES:
+        raise TypeError(f"{argument}: expected a number or an array of {', '.join(SCALE_DTYPES)}, got {name}")
+
+
 def _check_shape(value: Any, argument: str, num_kv_heads: int) -> int:
     """The number of scales: 1 or ``num_kv_heads`` (0 heads: only one scale is allowed). ValueError otherwise."""
+    check_dtype(value, argument)
     shape = tuple(value.shape)
     if shape == () or shape == (1,):
         return 1
@@ -41,7 +53,12 @@ def number(value: Any, argument: str) -> float:
     """A number as a float; TypeError for anything else."""
     if not is_number(value):
         raise TypeError(f"{argument}: expected a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{argument}: expected a number that a float holds, got one of {len(str(value))} digits"
+        ) from None
 
 
 def host_scale(value: Any, argument: str, num_kv_heads: int) -> float | np.ndarray:
@@ -49,10 +66,12 @@ def host_scale(value: Any, argument: str, num_kv_heads: int) -> float | np.ndarr
     if value is None:
         return 1.0
     if is_number(value):
-        return float(value)
+        return number(value, argument)
     library = library_of(value, argument)
     if library is None:
-        raise TypeError(f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX")
+        raise TypeError(
+            f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX, got {type(value).__name__}"
+        )
     _check_shape(value, argument, num_kv_heads)
     values = np.asarray(library.to_numpy(value), dtype=np.float32)
     return float(values.reshape(())) if values.size == 1 and values.ndim < 2 else values
@@ -63,10 +82,12 @@ def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library,
     if value is None:
         return NO_SCALE
     if is_number(value):
-        return Scale(float(value), 0, 0, None)
+        return Scale(number(value, argument), 0, 0, None)
     source = library_of(value, argument)
     if source is None:
-        raise TypeError(f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX")
+        raise TypeError(
+            f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX, got {type(value).__name__}"
+        )
     count = _check_shape(value, argument, num_kv_heads)
     address, signature = read(source, value, argument)
     facts = source.facts(signature)
@@ -75,14 +96,14 @@ def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library,
         if count == 1:
             return Scale(float(values[0]), 0, 0, None)
         refuse_capture(library.stream(device), argument)
-        value = upload(library, values, device)
-        address, _ = library.read(value)
+        value, address = upload(library, values, device)
         return Scale(1.0, address, 1, value)
     if source is not library:
         raise TypeError(f"{argument}: expected an array of {library.name} like q, got one of {source.name}")
     if facts.device != device:
         raise ValueError(f"{argument}: expected an array on device {device} like q, got device {facts.device}")
     if facts.dtype != "float32" or (count > 1 and facts.strides != (4,)):
+        refuse_capture(library.stream(device), argument, "contiguous float32")
         value = source.as_float32(value)
         address, _ = source.read(value)
     return Scale(1.0, address, int(count > 1), value)

@@ -2,7 +2,8 @@
 #pragma once
 #include "base/ptx.cuh"
 
-// FP8 and FP16 values are exact in fp16. One term of P is enough: its rounding adds 2^-12 per weight, independently.
+// FP8 and FP16 values are exact in fp16. One term of P is enough: rounding adds at most 2^-11 to a weight, and over
+// many different weights much less.
 struct HalfOperand {
     static constexpr int kWeightTerms = 1;
     static DEVICE u32 pack(float lo, float hi) { return ptx::pack_f16(lo, hi); }

@@ -37,7 +37,7 @@ DEVICE void load_once(u32* dst, const u8* src) {
 
 DEVICE uint2 load_8(const void* src) {
     uint2 v;
-    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(src));
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(src));
     return v;
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..arrays import Library
 from ..jit import compiler
-from ..jit.device import device_info, on_device, require_cupy
+from ..jit.device import device_info, ensure_context, on_device, require_cupy
 from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec
@@ -49,6 +49,7 @@ class PreparedDecode:
 
     def run(self, library: Library, values: tuple[int | float, ...]) -> None:
         """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""
+        ensure_context(self._runtime, self.device)
         if self._runtime.getDevice() != self.device:
             with on_device(self._runtime, self.device):
                 self._run(library, values)
@@ -106,6 +107,7 @@ class Quantizer:
         self._runtime = require_cupy().cuda.runtime
 
     def _launch(self, entry: str, grid: int, stream: int, params: ParamBlock, *values: int | float) -> None:
+        ensure_context(self._runtime, self._device)
         spec = QuantizeSpec(entry, *self._types, software_fp8=self._software)
         with params.lock:
             params.write(*values)

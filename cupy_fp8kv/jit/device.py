@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from typing import Any
 
 from ..plan import DeviceInfo
@@ -24,7 +25,10 @@ def cupy_problem() -> str | None:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"no CUDA device: {error}"
-    return None if count else "no CUDA device"
+    if not count:
+        return "no CUDA device"
+    capability = int(cupy.cuda.Device(0).compute_capability)
+    return None if capability >= 80 else f"device 0 is sm_{capability}, and kernels need sm_80 or later"
 
 
 def has_gpu() -> bool:
@@ -39,10 +43,10 @@ def require_cupy() -> Any:
     return importlib.import_module("cupy")
 
 
-def refuse_capture(stream: int, argument: str) -> None:
-    """RuntimeError while ``stream`` is being captured: a graph must not hold a copy from host memory."""
+def refuse_capture(stream: int, argument: str, expected: str = "a device array, not one on the host") -> None:
+    """RuntimeError while ``stream`` is captured: a graph must not hold a copy that only lives as long as the call."""
     if require_cupy().cuda.runtime.streamIsCapturing(stream):
-        raise RuntimeError(f"{argument}: an array on the host cannot be captured into a graph; pass a device array")
+        raise RuntimeError(f"{argument}: expected {expected}, while a graph is captured")
 
 
 @functools.cache
@@ -58,6 +62,26 @@ def device_info(index: int) -> DeviceInfo:
         sm_count=properties["multiProcessorCount"],
         shared_per_block=properties["sharedMemPerBlockOptin"],
     )
+
+
+class _Contexts(threading.local):
+    """The devices whose context is current to this thread's first launch there."""
+
+    def __init__(self) -> None:
+        self.ready: set[int] = set()
+
+
+_contexts = _Contexts()
+
+
+def ensure_context(runtime: Any, index: int) -> None:
+    """Make the device's context for this thread: launches go to the driver, which does not make one by itself."""
+    if index not in _contexts.ready:
+        previous = runtime.getDevice()
+        runtime.setDevice(index)
+        if previous != index:
+            runtime.setDevice(previous)
+        _contexts.ready.add(index)
 
 
 class on_device:

@@ -288,8 +288,71 @@ def test_out_of_another_library():
 def test_out_that_is_read_only():
     out = q_of()
     out.flags.writeable = False
-    with pytest.raises((ValueError, TypeError), match=r"out|read-only"):
+    with pytest.raises(ValueError, match=r"^out: expected an array that can be written, got a read-only one"):
         call(out=out)
+
+
+@pytest.mark.parametrize("strides", [(0, 64), (384, 0), (128, 64), (32, 64)])
+def test_out_whose_rows_overlap(strides):
+    out = aligned((B, HQ, D), np.float16, (*strides, 2))
+    with pytest.raises(ValueError, match=r"^out: expected rows that do not overlap, got strides"):
+        call(out=out)
+
+
+@pytest.mark.parametrize("argument", ["q_scale", "k_scale", "v_scale"])
+@pytest.mark.parametrize("value", [np.array([True]), np.array(["1.5"]), np.array([1 + 2j]), np.array([None])])
+def test_scale_arrays_that_are_no_floats(argument, value):
+    with pytest.raises(
+        TypeError, match=rf"^{argument}: expected a number or an array of float16.*got {value.dtype.name}"
+    ):
+        call(**{argument: value})
+    with pytest.raises(TypeError, match=rf"^scale: .*got {value.dtype.name}"):
+        cupy_fp8kv.quantize(np.ones((4, 2, 16), np.float32), scale=value)
+
+
+@pytest.mark.parametrize("argument", ["q_scale", "v_scale", "sm_scale", "logits_soft_cap"])
+def test_numbers_too_large_for_a_float(argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected a number that a float holds"):
+        call(**{argument: 10**400})
+
+
+def test_windows_beyond_any_length():
+    q, k = q_of(), cache_of()
+    assert np.array_equal(batch(q, k, k, window_left=10**12, backend="numpy"), batch(q, k, k, backend="numpy"))
+    assert np.array_equal(batch(q, k, k, window_left=-(10**12), backend="numpy"), batch(q, k, k, backend="numpy"))
+
+
+def test_strides_of_axes_with_one_element_do_not_matter():
+    k = aligned((1, 1, 1, D), np.uint8, (7, 2**40, 3, 1))
+    assert not batch(q_of(1, 2, D), k, k, backend="numpy").any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"head_dim": 512}, "head_dim that is a multiple of 16 up to 256, got 512"),
+        ({"head_dim": 100}, "got 100"),
+        ({"group_size": 0}, "num_qo_heads"),
+        ({"group_size": 500}, "at most 128 query heads per cache head, got 500"),
+    ],
+)
+def test_warmup_of_what_no_kernel_has(arguments, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        cupy_fp8kv.warmup(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"backend": "nonsense"}, ValueError),
+        ({"kv_layout": "DNH"}, ValueError),
+        ({"logits_soft_cap": -1.0}, ValueError),
+    ],
+)
+def test_explain_refuses_what_a_call_refuses(arguments, error):
+    name = next(iter(arguments))
+    with pytest.raises(error, match=rf"^{name}: "):
+        cupy_fp8kv.explain(q_of(), cache_of(), cache_of(), **arguments)
 
 
 # Numbers
