@@ -125,6 +125,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
         }
         to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
         columns.update(scores);
+        // The compiler would wait for V before the exponentials, to pair its bytes early; nothing moves up across this.
+        ptx::sync_warp();
         // A weight of 0 does not hide an infinity.
         if (!range.covers(row, kTileRows)) values.clear_beyond(range, row, lane);
 #pragma unroll

@@ -144,6 +144,7 @@ DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE void sync_threads() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE void atomic_max(u32* address, u32 value) { atomicMax(address, value); }
 
