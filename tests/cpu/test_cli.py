@@ -129,8 +129,11 @@ def test_compile_error_is_1():
 
 @needs_nvrtc
 def test_interrupt_is_130_without_a_traceback():
-    command = [sys.executable, "-m", "cupy_fp8kv", "compile"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    # Started in the background of a script, this process ignores the signal, and so would its child.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import cupy_fp8kv.cli as cli; raise SystemExit(cli.main(['compile']))"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
         first = process.stderr.readline()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
