@@ -38,9 +38,9 @@ DEVICE uint2 load_8(const void* src) {
 // IEEE binary16 and bfloat16, to nearest even.
 DEVICE float f16_float(u32 h) {
     const u32 exponent = (h >> 10) & 31, mantissa = h & 1023;
-    const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                            : exponent     ? ldexpf(static_cast<float>(1024 + mantissa), static_cast<int>(exponent) - 25)
-                                           : ldexpf(static_cast<float>(mantissa), -24);
+    const float steps = static_cast<float>(exponent ? 1024 + mantissa : mantissa);
+    const float finite = ldexpf(steps, static_cast<int>(max_of(exponent, 1u)) - 25);
+    const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY) : finite;
     return (h & 0x8000) ? -magnitude : magnitude;
 }
 
@@ -81,8 +81,8 @@ DEVICE float divide(float a, float b) { return flushed(flushed(a) / flushed(b));
 DEVICE float fp8_value(u32 code, int mantissa_bits, int bias) {
     const int exponent = static_cast<int>((code & 0x7f) >> mantissa_bits);
     const int mantissa = static_cast<int>(code & ((1u << mantissa_bits) - 1));
-    const float magnitude = exponent ? ldexpf(1.0f + ldexpf(static_cast<float>(mantissa), -mantissa_bits), exponent - bias)
-                                     : ldexpf(static_cast<float>(mantissa), 1 - bias - mantissa_bits);
+    const float steps = static_cast<float>(exponent ? (1 << mantissa_bits) + mantissa : mantissa);
+    const float magnitude = ldexpf(steps, max_of(exponent, 1) - bias - mantissa_bits);
     return (code & 0x80) ? -magnitude : magnitude;
 }
 
@@ -135,8 +135,8 @@ void mma(const char* name, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, ToF
         for (int lane = 0; lane < 32; lane++) {
             const int g = lane / 4, t = lane % 4;
             for (int i = 0; i < 4; i++)
-                for (int half = 0; half < 2; half++)
-                    A[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = to_float((ins[lane]->a[i] >> (16 * half)) & 0xffff);
+                for (int h = 0; h < 2; h++)
+                    A[g + 8 * (i % 2)][2 * t + h + 8 * (i / 2)] = to_float((ins[lane]->a[i] >> (16 * h)) & 0xffff);
             for (int i = 0; i < 2; i++)
                 for (int half = 0; half < 2; half++)
                     B[2 * t + half + 8 * i][g] = to_float((ins[lane]->b[i] >> (16 * half)) & 0xffff);
@@ -166,7 +166,7 @@ DEVICE u32 transpose_8x8(u32 pair) {
     emulator::meet("transpose_8x8", pair, out, [](const u32* const* ins, u32* const* outs) {
         u32 m[8][8];
         for (int lane = 0; lane < 32; lane++)
-            for (int half = 0; half < 2; half++) m[lane / 4][2 * (lane % 4) + half] = (*ins[lane] >> (16 * half)) & 0xffff;
+            for (int h = 0; h < 2; h++) m[lane / 4][2 * (lane % 4) + h] = (*ins[lane] >> (16 * h)) & 0xffff;
         for (int lane = 0; lane < 32; lane++)
             *outs[lane] = m[2 * (lane % 4)][lane / 4] | m[2 * (lane % 4) + 1][lane / 4] << 16;
     });

@@ -1,5 +1,5 @@
-// CUDA's execution model on one CPU thread, as far as the kernels use it: a fiber for each CUDA thread, meeting points for
-// warps and CTAs, shared memory, and a launch. Included before a kernel's own text, which is compiled as it is.
+// CUDA's execution model on one CPU thread, as far as the kernels use it: a fiber for each CUDA thread, meeting points
+// for warps and CTAs, shared memory, and a launch. Included before a kernel's own text, which is compiled as it is.
 #pragma once
 #include <math.h>
 #include <stdio.h>
