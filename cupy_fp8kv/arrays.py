@@ -34,6 +34,10 @@ _NUMPY_DTYPES = {
 _CARRIERS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
+def device_name(index: int) -> str:
+    return "host" if index == HOST else f"cuda:{index}"
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     return _NUMPY_DTYPES[name]
 
@@ -291,13 +295,13 @@ class JaxLibrary(Library):
         return Facts(dtype.name, shape, tuple(reversed(strides)), device, self.name)
 
     def stream(self, device: int) -> int:
-        return self._cupy().stream(device)
+        return cupy_library().stream(device)
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
-        return self._cupy().workspace(nbytes, device, stream)
+        return cupy_library().workspace(nbytes, device, stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
-        return self._cupy().empty(shape, dtype, device)
+        return cupy_library().empty(shape, dtype, device)
 
     def wrap(self, array: Any) -> Any:
         sys.modules["cupy"].cuda.get_current_stream(array.data.device_id).synchronize()
@@ -316,9 +320,6 @@ class JaxLibrary(Library):
 
     def view_fp8(self, codes: Any, dtype: str) -> Any:
         return self._jax.lax.bitcast_convert_type(codes, _NUMPY_DTYPES[dtype])
-
-    def _cupy(self) -> Library:
-        return cupy_library()
 
 
 #: One instance a library, made when its first array comes in.

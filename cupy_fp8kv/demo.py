@@ -12,13 +12,12 @@ from rich.text import Text
 from . import terminal
 from .backends import reference
 from .bench.inputs import relative_l2
+from .bench.table import TOLERANCES
 from .decode import batch_decode_with_padded_kv_cache
 from .formats import F16, KV_FORMATS, KVFormat
 from .jit.device import cupy_problem, device_info, has_gpu, require_cupy
 from .problem import Facts, bind_decode
 
-#: Relative L2 against float64 on the same bytes; rounding to fp16 alone costs about 2e-4.
-TOLERANCE = 5e-4
 #: Wall times are repeated until this many seconds are spent.
 _MOST_SECONDS = 4.0
 
@@ -133,7 +132,7 @@ def run(example: Example, backend: str | None) -> int:
         status.update("the same in float64")
         error = relative_l2(outcome.out, data.truth(data.k, data.v, fmt))
         loss = relative_l2(outcome.out, data.truth(data.k_exact, data.v_exact, F16))
-    right = error <= TOLERANCE  # not so for NaN
+    right = error <= TOLERANCES["f16"]  # not so for NaN
 
     kv_bytes = data.k.nbytes + data.v.nbytes
     fp16_bytes = data.k_exact.nbytes + data.v_exact.nbytes
@@ -146,7 +145,7 @@ def run(example: Example, backend: str | None) -> int:
     table.add_row("cache", f"{kv_bytes / 1e6:.1f} MB; in fp16 {fp16_bytes / 1e6:.1f} MB")
     table.add_row(
         "error against float64, same bytes",
-        Text(f"{error:.2e} {'≤' if right else 'exceeds'} {TOLERANCE:g}", style="green" if right else "red"),
+        Text(f"{error:.2e} {'≤' if right else 'exceeds'} {TOLERANCES['f16']:g}", style="green" if right else "red"),
     )
     table.add_row("error against float64, before quantising", f"{loss:.2e}")
     table.add_row("time", f"{_duration(outcome.us)} ({outcome.how})")

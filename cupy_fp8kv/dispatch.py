@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from . import arrays, scales
-from .arrays import HOST, Library
+from .arrays import HOST, Library, device_name
 from .backends import reference
+from .backends.cuda import PreparedDecode
 from .formats import KV_FORMATS
-from .jit.device import cupy_problem, has_gpu
-from .lengths import device_lens, device_name, host_lens
+from .jit.device import check_backend, cupy_problem, has_gpu
+from .lengths import device_lens, host_lens
 from .positions import check_pos_encoding_mode
 from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
 
@@ -42,8 +43,6 @@ class _Prepared:
         self.lse_shape = facts.shape[:-1]
         self.out_dtype = facts.dtype
         if cuda and self.device != HOST:
-            from .backends.cuda import PreparedDecode
-
             self.run = PreparedDecode(problem, self.device, out_strides).run
 
 
@@ -132,13 +131,13 @@ def decode(
     if out is None:
         out, out_address = library.empty_like(q, prepared.out_shape, prepared.out_dtype, device)
     lse, lse_address = library.empty(prepared.lse_shape, "float32", device) if return_lse else (None, 0)
-    # In the order of DecodeParams.
     logit_scale = sm_scale * q_factor.known * k_factor.known
     if not (-_MOST_FLOAT32 <= logit_scale <= _MOST_FLOAT32 and -_MOST_FLOAT32 <= v_factor.known <= _MOST_FLOAT32):
         raise ValueError(
             f"sm_scale, q_scale, k_scale, v_scale: expected finite factors in float32, got {logit_scale} for the "
             f"logits and {v_factor.known} for the result"
         )
+    # In the order of DecodeParams.
     prepared.run(library, (
         out_address, lse_address, prepared.lse_unit, q_address, k_address, v_address, lens_address,
         q_factor.address, k_factor.address, v_factor.address,
@@ -233,8 +232,7 @@ def check_call(
 ) -> tuple[DecodeProblem, bool]:
     """The problem that a call is, and whether it runs on CUDA. ValueError or TypeError for what does not fit."""
     check_pos_encoding_mode(pos_encoding_mode)
-    if not (backend is None or (isinstance(backend, str) and backend in ("cuda", "numpy"))):
-        raise ValueError(f"backend: expected 'cuda', 'numpy' or None, got {backend!r}")
+    check_backend(backend)
     if logits_soft_cap is not None and not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
         raise ValueError(f"logits_soft_cap: expected a finite number >= 0 or None, got {logits_soft_cap}")
     problem = bind_decode(
@@ -293,23 +291,15 @@ def _decode_from_host(
     """The call on host arrays: on the GPU (uploaded, result downloaded) or in NumPy, as was decided."""
     problem, device = prepared.problem, prepared.device
     values = [library.to_numpy(array) for array in (q, k, v)]
-    q_factor = scales.host_scale(q_scale, "q_scale", 0)
-    k_factor = scales.host_scale(k_scale, "k_scale", problem.num_kv_heads)
-    v_factor = scales.host_scale(v_scale, "v_scale", problem.num_kv_heads)
-    lens = None
-    if kv_lens is not None:
-        source = None if isinstance(kv_lens, (list, tuple)) else arrays.library_of(kv_lens, "kv_lens")
-        lens = host_lens(source.to_numpy(kv_lens) if source else kv_lens, problem.batch, problem.kv_len)
-    if prepared.cuda:
-        result, lse = _run_uploaded(
-            len(prepared.out_shape) == 3, problem, values, kv_layout, q_factor, k_factor, v_factor, window_left,
-            logits_soft_cap, sm_scale, lens, lse_base,
-        )  # fmt: skip
-    else:
-        result, lse = _run_numpy(
-            problem, values, kv_layout, q_factor, k_factor, v_factor, window_left, logits_soft_cap, sm_scale, lens,
-            lse_base,
-        )  # fmt: skip
+    options = {
+        "q_scale": scales.host_scale(q_scale, "q_scale", 0),
+        "k_scale": scales.host_scale(k_scale, "k_scale", problem.num_kv_heads),
+        "v_scale": scales.host_scale(v_scale, "v_scale", problem.num_kv_heads),
+        "kv_lens": None if kv_lens is None else host_lens(kv_lens, problem.batch, problem.kv_len),
+        "window_left": window_left, "logits_soft_cap": logits_soft_cap, "sm_scale": sm_scale, "lse_base": lse_base,
+    }  # fmt: skip
+    run = _run_uploaded if prepared.cuda else _run_numpy
+    result, lse = run(problem, values, kv_layout, options)
     result, lse = result.reshape(prepared.out_shape), lse.reshape(prepared.lse_shape)
     if out is None:
         out = library.from_numpy(result, device)
@@ -319,17 +309,7 @@ def _decode_from_host(
 
 
 def _run_numpy(
-    problem: DecodeProblem,
-    values: list[np.ndarray],
-    kv_layout: str,
-    q_scale: Any,
-    k_scale: Any,
-    v_scale: Any,
-    window_left: int,
-    logits_soft_cap: float | None,
-    sm_scale: float,
-    lens: np.ndarray | None,
-    lse_base: str,
+    problem: DecodeProblem, values: list[np.ndarray], kv_layout: str, options: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     q, k, v = values
     if k.ndim == 3:
@@ -337,32 +317,19 @@ def _run_numpy(
     if kv_layout == "HND":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     result, lse = reference.attention(
-        q, k, v, k_format=KV_FORMATS[problem.k_format], v_format=KV_FORMATS[problem.v_format], sm_scale=sm_scale,
-        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, logits_soft_cap=logits_soft_cap or 0.0,
-        window_left=window_left, kv_lens=lens, lse_base=lse_base,
-    )  # fmt: skip
+        q, k, v, k_format=KV_FORMATS[problem.k_format], v_format=KV_FORMATS[problem.v_format], **options
+    )
     with np.errstate(over="ignore"):
         return result.astype(q.dtype), lse
 
 
 def _run_uploaded(
-    batched: bool,
-    problem: DecodeProblem,
-    values: list[np.ndarray],
-    kv_layout: str,
-    q_scale: Any,
-    k_scale: Any,
-    v_scale: Any,
-    window_left: int,
-    logits_soft_cap: float | None,
-    sm_scale: float,
-    lens: np.ndarray | None,
-    lse_base: str,
+    problem: DecodeProblem, values: list[np.ndarray], kv_layout: str, options: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     library = arrays.cupy_library()
     q, k, v = (library.from_numpy(array, 0) for array in values)
     out, lse = decode(
-        batched, q, k, v, kv_layout, problem.position, q_scale, k_scale, v_scale, window_left, logits_soft_cap,
-        sm_scale, lens, (problem.k_format, problem.v_format), True, lse_base, None, "cuda",
+        q.ndim == 3, q, k, v, kv_layout, problem.position, kv_format=(problem.k_format, problem.v_format),
+        return_lse=True, out=None, backend="cuda", **options,
     )  # fmt: skip
     return library.to_numpy(out), library.to_numpy(lse)

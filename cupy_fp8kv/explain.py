@@ -100,7 +100,7 @@ def warmup(
         raise TypeError(f"q_dtype: expected {' or '.join(Q_DTYPES)}, got {name}")
     pair = kv_format if isinstance(kv_format, (tuple, list)) else (kv_format, kv_format)
     k_format, v_format = (format_called(one).name for one in pair)
-    q_format = "f16" if name == "float16" else "bf16"
+    q_format = format_called(name).name
     check_heads(group_size, 1, head_dim)
     problem = DecodeProblem(
         1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),

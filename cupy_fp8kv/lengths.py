@@ -7,19 +7,16 @@ from typing import Any
 import numpy as np
 
 from . import arrays
-from .arrays import HOST, Library
+from .arrays import HOST, Library, device_name
 from .jit.device import refuse_capture
 from .problem import DecodeProblem
 
 
-def device_name(index: int) -> str:
-    return "host" if index == HOST else f"cuda:{index}"
-
-
 def host_lens(kv_lens: Any, batch: int, kv_len: int) -> np.ndarray:
-    """Lengths that the host can see, checked: integers, ``[batch]``, each in ``[0, kv_len]``; as int32."""
+    """Lengths on the host, checked: integers, ``[batch]``, each in ``[0, kv_len]``; as int32. Any array, or a list."""
+    source = None if isinstance(kv_lens, (list, tuple)) else arrays.library_of(kv_lens, "kv_lens")
     try:
-        lens = np.asarray(kv_lens)
+        lens = np.asarray(source.to_numpy(kv_lens) if source else kv_lens)
     except ValueError:
         raise ValueError(f"kv_lens: expected {batch} integers, got {kv_lens!r}") from None
     if not lens.size:
@@ -44,7 +41,7 @@ def device_lens(kv_lens: Any, library: Library, problem: DecodeProblem, device: 
     address, signature = arrays.read(source, kv_lens, "kv_lens")
     facts = source.facts(signature)
     if facts.device == HOST:
-        lens = host_lens(source.to_numpy(kv_lens), problem.batch, problem.kv_len)
+        lens = host_lens(kv_lens, problem.batch, problem.kv_len)
         refuse_capture(library.stream(device), "kv_lens")
         return arrays.upload(library, lens, device)
     if source is not library:

@@ -96,14 +96,18 @@ def _subtiles(problem: DecodeProblem, warps: int, column_tiles: int) -> list[int
 
 def specs(problem: DecodeProblem) -> list[DecodeSpec]:
     """Every specialisation that some batch, length and device may use for this kind of problem, largest CTAs first."""
-    spec, _ = _tile(problem)
+    return _cta_sizes(_tile(problem)[0])
+
+
+def _cta_sizes(spec: DecodeSpec) -> list[DecodeSpec]:
+    """The kernel with one, two and four CTAs to an SM, which share its warps."""
     return [replace(spec, warps=spec.warps // ctas, ctas_per_sm=ctas) for ctas in (1, 2, 4)]
 
 
 def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
     """Choose how to run ``problem`` on ``device``."""
-    full, half, quarter = specs(problem)
-    blocks = _tile(problem)[1]
+    spec, blocks = _tile(problem)
+    full, half, quarter = _cta_sizes(spec)
     pieces = problem.batch * problem.num_kv_heads * blocks
     tiles = -(-problem.rows_read // full.tile_rows)
     sms = device.sm_count

@@ -203,7 +203,7 @@ def bind_decode(
             raise ValueError(f"{argument}: expected rows at most {MAX_ROW_STRIDE} bytes apart, got {stride}")
     return DecodeProblem(
         batch=sizes["batch"] if batched else 1, kv_len=sizes["kv_len"], num_qo_heads=hq, num_kv_heads=hkv,
-        head_dim=head_dim, q_format="f16" if q.dtype == "float16" else "bf16", k_format=k_format, v_format=v_format,
+        head_dim=head_dim, q_format=kv_format(q.dtype).name, k_format=k_format, v_format=v_format,
         q_strides=(q_request, q_head),
         k_strides=(k_request, k_row, k_head), v_strides=(v_request, v_row, v_head), soft_cap=soft_cap,
         window=window_left + 1 if window_left >= 0 else -1, position=position,

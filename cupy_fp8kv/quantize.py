@@ -11,12 +11,13 @@ import numpy as np
 from . import arrays
 from .arrays import HOST, Library
 from .backends import reference
+from .backends.cuda import Quantizer, RowAxes
 from .formats import FP8_FORMATS, Q_DTYPES, KVFormat, float_dtype, format_of_dtype
 from .formats import kv_format as format_called
-from .jit.device import cupy_problem, has_gpu, refuse_capture
+from .jit.device import check_backend, cupy_problem, has_gpu, refuse_capture
 from .layouts import token_head_axes
 from .problem import Facts, check_address, check_rows
-from .scales import check_dtype, is_number, number
+from .scales import is_number, number, scale_library
 
 #: What a computed scale may be common to.
 GRANULARITIES = ("tensor", "head", "token")
@@ -80,8 +81,6 @@ def quantize(
             scale = call.library.from_numpy(gpu.to_numpy(computed), HOST)
         return call.codes_from_numpy(gpu.to_numpy(codes), fmt), scale
 
-    from .backends.cuda import Quantizer, RowAxes
-
     library, facts = call.library, call.facts
     axes = RowAxes(facts.shape, facts.strides)
     quantizer = Quantizer(facts.dtype, fmt.name, call.device)
@@ -143,8 +142,6 @@ def dequantize(
         values = dequantize(moved, given, out_dtype, kv_format=fmt, kv_layout=kv_layout)
         return library.from_numpy(gpu.to_numpy(values), HOST)
 
-    from .backends.cuda import Quantizer, RowAxes
-
     axes = RowAxes(facts.shape, facts.strides)
     known, address, held = call.device_scale(scale, shape)
     values, values_address = library.empty(facts.shape, out_dtype, call.device)
@@ -191,8 +188,7 @@ class _Call:
             raise ValueError(f"{argument}: expected 1 to 4 axes [..., D], got shape {list(facts.shape)}")
         if facts.shape[-1] % 16 or not facts.shape[-1]:
             raise ValueError(f"{argument}: expected a last axis that is a multiple of 16, got {facts.shape[-1]}")
-        if backend not in (None, "cuda", "numpy"):
-            raise ValueError(f"backend: expected 'cuda', 'numpy' or None, got {backend!r}")
+        check_backend(backend)
         # With fewer than three axes the one before the last counts as the heads.
         ndim = len(facts.shape)
         head = token_head_axes(kv_layout, max(ndim, 3))[1]
@@ -220,9 +216,7 @@ class _Call:
         """The shape of a given scale, with ``(1,)`` for a number or a single element. ValueError if it does not fit."""
         if is_number(scale):
             return (1,)
-        if arrays.library_of(scale, "scale") is None:
-            raise TypeError("scale: expected a number or an array of NumPy, CuPy, torch or JAX")
-        check_dtype(scale, "scale")
+        scale_library(scale, "scale")
         got, shape = tuple(scale.shape), self.facts.shape
         if got in ((), (1,)):
             return (1,)
@@ -236,16 +230,14 @@ class _Call:
         """A given scale as float32 in NumPy (a number is left one); None stays None."""
         if scale is None or is_number(scale):
             return scale
-        source = arrays.library_of(scale, "scale")
-        assert source is not None  # shape_of() refused others
+        source = scale_library(scale, "scale")
         return np.asarray(source.to_numpy(scale), np.float32).reshape(shape)
 
     def device_scale(self, scale: Any, shape: tuple[int, ...]) -> tuple[float, int, Any]:
         """(number, address, what keeps it alive): one of the first two is what the kernel uses."""
         if is_number(scale):
             return number(scale, "scale"), 0, None
-        source = arrays.library_of(scale, "scale")
-        assert source is not None  # shape_of() refused others
+        source = scale_library(scale, "scale")
         _, signature = source.read(scale)
         facts = source.facts(signature)
         if facts.device == HOST:

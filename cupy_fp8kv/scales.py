@@ -22,20 +22,25 @@ class Scale(NamedTuple):
 
 NO_SCALE = Scale(1.0, 0, 0, None)
 
-
 #: Types that a scale array may have.
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def check_dtype(value: Any, argument: str) -> None:
+def scale_library(value: Any, argument: str) -> Library:
+    """The library of a scale array, whose dtype is checked on the way. TypeError for anything else."""
+    library = library_of(value, argument)
+    if library is None:
+        raise TypeError(
+            f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX, got {type(value).__name__}"
+        )
     name = dtype_name(value.dtype)
     if name not in SCALE_DTYPES:
         raise TypeError(f"{argument}: expected a number or an array of {', '.join(SCALE_DTYPES)}, got {name}")
+    return library
 
 
 def _check_shape(value: Any, argument: str, num_kv_heads: int) -> int:
     """The number of scales: 1 or ``num_kv_heads`` (0 heads: only one scale is allowed). ValueError otherwise."""
-    check_dtype(value, argument)
     shape = tuple(value.shape)
     if shape == () or shape == (1,):
         return 1
@@ -67,11 +72,7 @@ def host_scale(value: Any, argument: str, num_kv_heads: int) -> float | np.ndarr
         return 1.0
     if is_number(value):
         return number(value, argument)
-    library = library_of(value, argument)
-    if library is None:
-        raise TypeError(
-            f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX, got {type(value).__name__}"
-        )
+    library = scale_library(value, argument)
     _check_shape(value, argument, num_kv_heads)
     values = np.asarray(library.to_numpy(value), dtype=np.float32)
     return float(values.reshape(())) if values.size == 1 and values.ndim < 2 else values
@@ -83,11 +84,7 @@ def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library,
         return NO_SCALE
     if is_number(value):
         return Scale(number(value, argument), 0, 0, None)
-    source = library_of(value, argument)
-    if source is None:
-        raise TypeError(
-            f"{argument}: expected a number or an array of NumPy, CuPy, torch or JAX, got {type(value).__name__}"
-        )
+    source = scale_library(value, argument)
     count = _check_shape(value, argument, num_kv_heads)
     address, signature = read(source, value, argument)
     facts = source.facts(signature)

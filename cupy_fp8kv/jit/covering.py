@@ -9,11 +9,11 @@ from typing import Any
 
 from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
-from ..problem import DecodeProblem
+from ..problem import MAX_HEAD_DIM, DecodeProblem
 from .spec import DecodeSpec, MergeSpec, QuantizeSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
-_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
+_HEAD_DIMS = tuple(range(16, MAX_HEAD_DIM + 1, 16))
 _COMMON_HEAD_DIMS = (64, 128, 256)
 #: Group sizes by the column tiles they take.
 _GROUPS = {1: range(1, 9), 2: range(9, 17)}

@@ -43,6 +43,12 @@ def require_cupy() -> Any:
     return importlib.import_module("cupy")
 
 
+def check_backend(backend: Any) -> None:
+    """ValueError for anything but the names of the two backends and None."""
+    if not (backend is None or (isinstance(backend, str) and backend in ("cuda", "numpy"))):
+        raise ValueError(f"backend: expected 'cuda', 'numpy' or None, got {backend!r}")
+
+
 def refuse_capture(stream: int, argument: str, expected: str = "a device array, not one on the host") -> None:
     """RuntimeError while ``stream`` is captured: a graph must not hold a copy that only lives as long as the call."""
     if require_cupy().cuda.runtime.streamIsCapturing(stream):
@@ -65,7 +71,7 @@ def device_info(index: int) -> DeviceInfo:
 
 
 class _Contexts(threading.local):
-    """The devices whose context is current to this thread's first launch there."""
+    """The devices that this thread has made a context for."""
 
     def __init__(self) -> None:
         self.ready: set[int] = set()

@@ -94,7 +94,8 @@ class DecodeSpec:
         position_header, position = POSITION_MODES[self.position]
         headers = [_header(name) for name in (self.q, self.k, self.v)]
         headers += ["scale/head.cuh", "layout/padded.cuh", f"position/{position_header}.cuh", "schedule/uniform.cuh"]
-        lines = [f"using {role} = {KV_FORMATS[name].policy};" for role, name in self._roles()]
+        roles = (("QFormat", self.q), ("KFormat", self.k), ("VFormat", self.v))
+        lines = [f"using {role} = {KV_FORMATS[name].policy};" for role, name in roles]
         lines += ["using Scale = HeadScale;", "using Layout = PaddedLayout;", f"using Position = {position};"]
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
@@ -103,9 +104,6 @@ class DecodeSpec:
             kSoftCap=self.soft_cap, kSharedBytes=self.shared_bytes,
         )  # fmt: skip
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")
-
-    def _roles(self) -> list[tuple[str, str]]:
-        return [("QFormat", self.q), ("KFormat", self.k), ("VFormat", self.v)]
 
     def __str__(self) -> str:
         flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))

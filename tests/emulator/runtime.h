@@ -180,27 +180,25 @@ inline const char* launch(void (*entry)(void*), void* params, unsigned grid, uns
             fiber.context.uc_link = nullptr;
             makecontext(&fiber.context, fiber_main, 0);
         }
+        const auto resume = [&](unsigned i) {
+            block.current = static_cast<int>(i);
+            if (block.fibers[i].done || block.error[0]) return;
+            threadIdx = {i, 0, 0};
+            swapcontext(&block.scheduler, &block.fibers[i].context);
+        };
         while (block.alive && !block.error[0]) {
             const unsigned long long before = block.progress;
-            for (unsigned i = 0; i < threads && !block.error[0]; i++) {
+            for (unsigned i = 0; i < threads; i++) {
                 // Warps in an order that changes from pass to pass; lanes rotate.
                 order = order * 1664525u + 1013904223u;
                 const unsigned warps = threads / 32;
                 const unsigned warp = order ? (i / 32 + order % warps) % warps : i / 32;
                 const unsigned lane = order ? (i + order / 7) % 32 : i % 32;
-                block.current = warp * 32 + lane;
-                if (block.fibers[block.current].done) continue;
-                threadIdx = {static_cast<unsigned>(block.current), 0, 0};
-                swapcontext(&block.scheduler, &block.fibers[block.current].context);
+                resume(warp * 32 + lane);
             }
             if (before == block.progress && !block.error[0]) {
                 // A random order may miss a fiber: a full pass in order decides.
-                for (unsigned i = 0; i < threads && !block.error[0]; i++) {
-                    block.current = i;
-                    if (block.fibers[i].done) continue;
-                    threadIdx = {i, 0, 0};
-                    swapcontext(&block.scheduler, &block.fibers[i].context);
-                }
+                for (unsigned i = 0; i < threads; i++) resume(i);
                 if (before == block.progress && !block.error[0])
                     snprintf(block.error, sizeof block.error, "deadlock: threads wait for each other (CTA %u)", index);
             }
