@@ -1,4 +1,4 @@
-"""The CUDA backend on a CPU: the kernels' own text, compiled by g++ over a host version of the one PTX header.
+"""The CUDA backend on a CPU: the kernels' own text, compiled by a C++ compiler over a host version of the PTX header.
 
 Everything but the module and the launch is the product's: boundary, checks, plan, argument block, order of launches.
 Test equipment, not a backend for users: a decode of a few hundred rows takes milliseconds, not microseconds.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import subprocess
+import os
+import re
+import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +26,9 @@ from cupy_fp8kv.jit import compiler, launch, sources
 from cupy_fp8kv.jit import device as jit_device
 from cupy_fp8kv.plan import DeviceInfo
 
+from . import toolchain
+
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-x", "c++"]
 #: Few SMs, so that small problems take several waves, and a few rows are split.
 DEVICE = DeviceInfo("emulated", arch=89, sm_count=6, shared_per_block=101376)
 
@@ -51,9 +55,8 @@ class _Library(arrays.NumpyLibrary):
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
         size = int(np.prod(shape)) * arrays.numpy_dtype(dtype).itemsize
-        raw = np.full(size + 64, 0xFF, np.uint8)  # NaN: what is not written shows
-        start = -raw.ctypes.data % 64
-        array = emulated(raw[start : start + size].view(arrays.numpy_dtype(dtype)).reshape(shape))
+        # NaN: what is not written shows. An allocation of its own and no larger, so that its end is known.
+        array = emulated(np.full(size, 0xFF, np.uint8).view(arrays.numpy_dtype(dtype)).reshape(shape))
         return array, array.ctypes.data
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
@@ -88,12 +91,40 @@ class _Watched(ctypes.Structure):
     _fields_ = (("base", ctypes.c_ulonglong), ("size", ctypes.c_ulonglong), ("readable", ctypes.c_void_p))
 
 
+class _Launch(ctypes.Structure):
+    """emulator::Launch of runtime.h."""
+
+    _fields_ = (
+        ("params", ctypes.c_void_p),
+        *((name, ctypes.c_uint) for name in ("grid", "threads", "shared_bytes", "order")),
+        ("watched", ctypes.POINTER(_Watched)),
+        ("watched_count", ctypes.c_int),
+    )
+
+
+@contextmanager
+def _stderr_of_c() -> Any:
+    """Gives a function that returns what was written to file descriptor 2 inside."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: (file.seek(0), file.read().decode(errors="replace"))[1]
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
 class Emulator:
     """Compiles specialisations into ``folder`` and stands in for the driver."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, common: Path | None = None):
         self.folder = folder
-        self.seed = 1
+        #: Where libraries are looked for that another emulator of this run has compiled.
+        self.common = common or folder
+        self.mode = toolchain.current()
+        self.seed = int(os.environ.get("EMULATOR_SEED", "1"))
         self.compiled: dict[Any, compiler.Kernel] = {}
         self._entries: list[Any] = []
         self.launches: list[tuple[str, int]] = []
@@ -119,32 +150,27 @@ class Emulator:
             text = spec.source()
         finally:
             sources.FILES["base/ptx.cuh"] = real
-        params = "QuantizeParams" if type(spec).__name__ == "QuantizeSpec" else "DecodeParams"
-        head = f'#line 1 "runtime.h"\n{(HERE / "runtime.h").read_text(encoding="utf-8")}\n#line 1 "specialisation"\n'
-        return head + text + (
-            f"\nstatic void emulated_entry(void* p) {{ {spec.entry}(*static_cast<const {params}*>(p)); }}\n"
-            'extern "C" const char* emulated_launch(void* p, unsigned grid, unsigned threads, unsigned seed,\n'
-            "                                       const emulator::Watched* watched, int count) {\n"
-            "    emulator::watched = watched, emulator::watched_count = count;\n"
-            "    return emulator::launch(emulated_entry, p, grid, threads, seed);\n}\n"
-        )  # fmt: skip
+        params = re.search(rf"\b{spec.entry}\((?:const )?(?:__grid_constant__ )?(\w+) ?\w+\) {{", text)
+        assert params, f"{spec}: an entry point takes one argument, its block of parameters"
+        return (
+            f'#include "runtime.h"\n{text}\n#line 1 "entry"\n'
+            f"static void emulated_entry(void* p) {{ {spec.entry}(*static_cast<const {params[1]}*>(p)); }}\n"
+            'extern "C" const char* emulated_launch(const emulator::Launch* launch) {\n'
+            "    return emulator::launch(emulated_entry, *launch);\n}\n"
+        )
 
     def load(self, spec: Any, device: int) -> compiler.Kernel:
         kernel = self.compiled.get(spec)
         if kernel is None:
             text = self.source(spec)
-            name = self.folder / hashlib.sha256(text.encode()).hexdigest()[:24]
-            library = name.with_suffix(".so")
-            name.with_suffix(".cpp").write_text(text, encoding="utf-8")
-            command = ["g++", *FLAGS, str(name.with_suffix(".cpp")), "-o", str(library)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"g++ cannot compile {spec}:\n{done.stderr[:4000]}")
+            name = hashlib.sha256(text.encode()).hexdigest()[:24] + ".so"
+            library = self.common / name
+            if not library.exists():
+                library = self.folder / name
+                toolchain.build(text, library, self.common, str(spec), self.mode)
             entry = ctypes.CDLL(str(library)).emulated_launch
             entry.restype = ctypes.c_char_p
-            entry.argtypes = (
-                ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int,
-            )  # fmt: skip
+            entry.argtypes = (ctypes.POINTER(_Launch),)
             self._entries.append(entry)
             handle = len(self._entries) - 1
             kernel = self.compiled[spec] = compiler.Kernel(spec, 0, handle, spec.threads, spec.shared_bytes, entry)
@@ -152,13 +178,21 @@ class Emulator:
 
     def launch_kernel(self, handle: int, grid: int, *rest: int) -> None:
         """In the form of the driver's cuLaunchKernel, as the backend calls it."""
-        _, _, threads, _, _, _, _, arguments, _ = rest
+        _, _, threads, _, _, shared_bytes, _, arguments, _ = rest
         self.launches.append((str(list(self.compiled)[handle]), grid))
         params = ctypes.c_void_p.from_address(arguments).value
         watched = (_Watched * len(self._watched))(*(entry for entry, *_ in self._watched))
-        error = self._entries[handle](params, grid, threads, self.seed, watched, len(watched))
+        run = _Launch(params, grid, threads, shared_bytes, self.seed, watched, len(watched))
+        if not self.mode.sanitized:
+            error, said = self._entries[handle](run), ""
+        else:
+            with _stderr_of_c() as stderr:
+                error = self._entries[handle](run)
+                said = stderr()
+        # What a sanitizer found comes first: what follows from it is less clear.
+        error = said or error.decode()
         if error:
-            raise RuntimeError(f"emulated launch failed: {error.decode()}")
+            raise RuntimeError(f"emulated launch failed (EMULATOR_SEED={self.seed}): {error[:20000]}")
 
     @contextmanager
     def installed(self, monkeypatch: Any) -> Any:
