@@ -71,6 +71,9 @@ class _Library(arrays.NumpyLibrary):
         return emulated(np.ascontiguousarray(array, np.float32))
 
 
+library = _Library()
+
+
 class _Runtime:
     """What the backend asks of cupy.cuda.runtime."""
 
@@ -194,12 +197,22 @@ class Emulator:
         if error:
             raise RuntimeError(f"emulated launch failed (EMULATOR_SEED={self.seed}): {error[:20000]}")
 
+    def call(self, spec: Any, grid: int, *values: Any) -> None:
+        """Launch a kernel whose block of parameters is all addresses and 64-bit integers; arrays give their address."""
+        kernel = self.load(spec, 0)
+        words = [value.ctypes.data if isinstance(value, np.ndarray) else value for value in values]
+        block = (ctypes.c_ulonglong * len(words))(*words)
+        argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
+        self.launch_kernel(
+            kernel.handle, grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, 0, ctypes.addressof(argument), 0
+        )
+
     @contextmanager
     def installed(self, monkeypatch: Any) -> Any:
         """The CUDA backend runs here, for arrays made by :func:`emulated`."""
         runtime = _Runtime()
         with monkeypatch.context() as patch:
-            patch.setattr(arrays, "_by_type", {**arrays._by_type, EmulatedArray: _Library()})
+            patch.setattr(arrays, "_by_type", {**arrays._by_type, EmulatedArray: library})
             patch.setattr(compiler, "load", self.load)
             patch.setattr(launch, "launch_kernel", lambda: self.launch_kernel)
             patch.setattr(launch, "device_info", lambda index: DEVICE)

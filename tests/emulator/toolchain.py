@@ -73,7 +73,7 @@ MODES = {
             ),
         ),
         Mode(
-            "thread", ("clang++-19", "clang++"),
+            "thread", ("clang++-19", "clang++-20", "clang++-18"),
             ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"),
             "libclang_rt.tsan",
             (

@@ -1,0 +1,353 @@
+"""Planted bugs: each is noticed by the modes of the emulator that its line names.
+
+``plain`` notices what a wrong result, a read of K or V through a load, or mismatched threads give away. What changes no
+result is left to AddressSanitizer and UBSan (``address``: any access out of place) and ThreadSanitizer (``thread``: two
+threads at one place without an order).
+"""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import emulator
+import numpy as np
+import pytest
+from cases import Case
+from emulator.checks import SPLIT, TAIL, move, run
+
+import cupy_fp8kv
+from cupy_fp8kv.backends import cuda, reference
+from cupy_fp8kv.jit import sources
+from cupy_fp8kv.plan import plan_decode
+
+PLAIN, ADDRESS, THREAD = "plain", "address", "thread"
+
+BF16_CACHE = dataclasses.replace(TAIL, k="bf16", v="bf16")
+BF16_QUERY = dataclasses.replace(TAIL, q="bf16")
+CAPPED = dataclasses.replace(TAIL, soft_cap=5.0, sharpness=3.0)
+WINDOWED = dataclasses.replace(TAIL, window_left=20)
+SCALED = dataclasses.replace(TAIL, scales="head")
+LONG = dataclasses.replace(TAIL, kv_len=900, lens=(900, 500), sharpness=20.0)
+NATURAL = dataclasses.replace(TAIL, lse_base="e")
+WIDE = dataclasses.replace(TAIL, head_dim=256)
+NARROW_SPLIT = dataclasses.replace(SPLIT, head_dim=16)
+
+
+def quantize(granularity):
+    """A check of ``cupy_fp8kv.quantize`` for scales of this granularity."""
+
+    def check(machine):
+        x = np.random.default_rng(0).standard_normal((2, 9, 3, 48), np.float32)
+        codes, scale = cupy_fp8kv.quantize(move(x), granularity=granularity)
+        want = reference.amax_scale(x, cupy_fp8kv.KV_FORMATS["e4m3"], granularity)
+        assert np.array_equal(scale, want)
+        assert np.array_equal(np.asarray(codes).view(np.uint8), reference.quantize(x, codes_format, want))
+
+    codes_format = cupy_fp8kv.KV_FORMATS["e4m3"]
+    return check
+
+
+def narrow(machine):
+    """A split call in CTAs of two warps: few enough threads for TSan to know races between CTAs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "plan_decode", lambda problem, device: narrowed(plan_decode(problem, device)))
+        run(machine, dataclasses.replace(SPLIT, kv_len=100, group=2))
+
+
+def narrowed(plan):
+    heads = plan.grid // plan.splits * 2
+    return dataclasses.replace(
+        plan, splits=3, grid=plan.grid // plan.splits * 3, spec=dataclasses.replace(plan.spec, warps=2),
+        workspace_out=heads * 3 * plan.spec.head_dim * 4, workspace_state=heads * 3 * 8,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``right`` of ``file`` becomes ``wrong``; ``check`` is a case or a function that must then fail in ``modes``."""
+
+    name: str
+    modes: tuple[str, ...]
+    file: str
+    right: str
+    wrong: str
+    check: Any = TAIL
+    said: str = ""
+
+    def __str__(self):
+        return self.name
+
+
+BUGS = [
+    # Wrong results
+    Bug("splits overlap", (PLAIN,), "decode.cu", "p.splits.value * kWarps * kTileRows", "kWarps * kTileRows", SPLIT),
+    Bug("a row too many", (PLAIN,), "mask.cuh", "return row < end;", "return row <= end;"),
+    Bug("a window one short", (PLAIN,), "mask.cuh", "kv_len - 1 - window_left;", "kv_len - window_left;", WINDOWED),
+    Bug(
+        "slices in another order", (PLAIN,), "base/row_slice.cuh", "return LANES * start + lane", "return start + lane",
+    ),
+    Bug(
+        "bytes paired wrongly", (PLAIN,), "kv_format/fp8.cuh", "j % 2 ? 0x7362 : 0x5140", "j % 2 ? 0x7362 : 0x4150",
+    ),
+    Bug("weights not transposed", (PLAIN,), "attention/columns.cuh", "ptx::transpose_8x8(terms[i])", "terms[i]"),
+    Bug(
+        "half an accumulator not rescaled", (PLAIN,), "attention/columns.cuh", "out[n][j][c + 2] *= factor;", "", LONG,
+    ),
+    Bug(
+        "sums of some lanes only", (PLAIN,), "attention/columns.cuh", "mask = 4; mask < 32; mask *= 2) state",
+        "mask = 8; mask < 32; mask *= 2) state",
+    ),
+    Bug(
+        "a sum merged without its factor", (PLAIN,), "merge.cu", "states_read[i].sum * factor;",
+        "states_read[i].sum;", SPLIT,
+    ),
+    Bug(
+        "the wrong query heads", (PLAIN,), "decode.cu", "work.kv_head * p.group_size + first_column",
+        "work.kv_head + first_column",
+    ),
+    Bug("the wrong cache head", (PLAIN,), "layout/padded.cuh", "head * p.v_stride_head", "0 * p.v_stride_head"),
+    Bug("one term of a bf16 weight", (PLAIN,), "base/operand.cuh", "kWeightTerms = 2;", "kWeightTerms = 1;", BF16_CACHE),
+    Bug(
+        "the query's factor not undone", (PLAIN,), "attention/query.cuh", "return scale * inverses_",
+        "return scale; scale * inverses_", BF16_QUERY,
+    ),
+    Bug("a soft cap of the wrong base", (PLAIN,), "decode.cu", "(p.soft_cap * kLog2E)", "(p.soft_cap)", CAPPED),
+    Bug(
+        "one scale for all heads", (PLAIN,), "scale/head.cuh", "scales[static_cast<i64>(head) * stride]", "scales[0]",
+        SCALED,
+    ),
+    Bug(
+        "the lse in the wrong unit", (PLAIN,), "decode.cu", "state.log2_sum() * p.lse_unit", "state.log2_sum()",
+        NATURAL,
+    ),
+    Bug(
+        "rows of another request", (PLAIN, ADDRESS), "decode.cu", "Layout::kv_len(p, work.request)",
+        "Layout::kv_len(p, 0)",
+    ),
+    # Threads that do not come together
+    Bug(
+        "a vote of some lanes", (PLAIN,), "attention/columns.cuh", "if (ptx::any(exceeded))",
+        "if (exceeded && ptx::any(exceeded))", said="lanes of a warp are at different operations",
+    ),
+    Bug(
+        "lanes at different operations", (PLAIN,), "attention/columns.cuh", "if (ptx::any(exceeded))",
+        "if (threadIdx.x % 2 && ptx::any(exceeded))", said="lanes of a warp are at different operations",
+    ),
+    Bug(
+        "threads that wait for each other", (PLAIN,), "attention/columns.cuh", "if (ptx::any(exceeded))",
+        "if (threadIdx.x >= 16) ptx::sync_threads();\n        if (ptx::any(exceeded))", said="deadlock",
+    ),
+    Bug(
+        "a lane that leaves before its warp votes", (PLAIN,), "decode.cu", "    WarpColumns columns;\n",
+        "    if (threadIdx.x == 5) return;\n    WarpColumns columns;\n", said="a lane has left the kernel",
+    ),
+    # Accesses out of place
+    Bug(
+        "a masked read past the end of a request", (PLAIN, ADDRESS), "mask.cuh", "return min_of(row, end - 1);",
+        "return row;", WINDOWED,
+    ),
+    Bug(
+        "a masked read before the window", (PLAIN, ADDRESS), "mask.cuh", "kv_len - 1 - window_left;",
+        "max_of(0, kv_len - 2 - window_left);", WINDOWED,
+    ),
+    Bug(
+        "a read past the end of a row", (PLAIN, ADDRESS), "base/row_slice.cuh", "return lane * load_width(0);",
+        "return lane * load_width(0) + 16;", WINDOWED,
+    ),
+    Bug(
+        "a misaligned read", (PLAIN,), "base/row_slice.cuh", "return lane * load_width(0);",
+        "return lane * load_width(0) + 4;", said="a misaligned read",
+    ),
+    Bug(
+        "results of columns without a head", (ADDRESS,), "decode.cu",
+        "used_columns = min_of(kColumns, p.group_size - first_column);", "used_columns = kColumns;",
+    ),
+    Bug(
+        "shared memory past its end", (ADDRESS,), "attention/combine.cuh",
+        "piece + (w * 8 * kPieceColumns + column) * kColumnStride + 2 * at",
+        "piece + ((w + 1) * 8 * kPieceColumns + column) * kColumnStride + 2 * at",
+    ),
+    Bug(
+        "a static shared array too small", (ADDRESS,), "merge.cu", "kMostParts = kThreads / 4;",
+        "kMostParts = kThreads / 8;", NARROW_SPLIT, "out of bounds for type 'SoftmaxState",
+    ),
+    Bug(
+        "a partial result read that nobody uses", (ADDRESS,), "merge.cu",
+        "outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : zero;",
+        "outs_read[i] = partial_out[static_cast<i64>(split) * quads];\n"
+        "                if (!exists) outs_read[i] = zero;", SPLIT, "heap-buffer-overflow",
+    ),
+    Bug(
+        "a scale too many", (ADDRESS,), "quantize.cu", "if (i < p.scale_count)", "if (i <= p.scale_count)",
+        quantize("head"), "heap-buffer-overflow",
+    ),
+    Bug(
+        "values read past the end of a row", (ADDRESS,), "quantize.cu", "d < p.head_dim; d += 128",
+        "d <= p.head_dim; d += 128", quantize("tensor"), "heap-buffer-overflow",
+    ),
+    Bug(
+        "codes written past the end", (ADDRESS,), "quantize.cu", "at < p.rows * quads; at += threads) {\n"
+        "        const i64 row = at / quads;\n        const int quad = static_cast<int>(at % quads);\n"
+        "        const RowIndex index = RowIndex::of(p, row);\n        const float4 x",
+        "at <= p.rows * quads; at += threads) {\n"
+        "        const i64 row = min_of(at, p.rows * quads - 1) / quads;\n"
+        "        const int quad = static_cast<int>(at % quads);\n"
+        "        const RowIndex index = RowIndex::of(p, row);\n        const float4 x",
+        quantize("token"), "heap-buffer-overflow",
+    ),
+    # Races
+    Bug(
+        "no barrier before combining", (PLAIN, THREAD), "attention/combine.cuh",
+        "                ptx::sync_threads();\n                for (int task", "                for (int task",
+    ),
+    Bug(
+        "no barrier after storing q", (PLAIN, THREAD), "attention/query.cuh", "        ptx::sync_threads();\n", "",
+    ),
+    Bug(
+        "a warp's barrier for the CTA's", (THREAD,), "attention/query.cuh", "        ptx::sync_threads();\n",
+        "        ptx::sync_warp();\n",
+    ),
+    Bug(
+        "no barrier between pieces", (THREAD,), "attention/combine.cuh", "if (first_tile || begin) ptx::sync_threads();",
+        "", WIDE,
+    ),
+    Bug("no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n", "", SPLIT),
+    Bug(
+        "one lse from several threads", (THREAD,), "decode.cu", "reports = j == 0 && group == 0;", "reports = j == 0;",
+    ),
+    Bug("one state from several lanes", (THREAD,), "attention/combine.cuh", "if (lane.group == 0)\n", "if (true)\n"),
+    Bug(
+        "results stored twice", (THREAD,), "attention/combine.cuh", "task < width * 8 * tiles; task += 32 * WARPS",
+        "task < width * 8 * tiles; task += 16 * WARPS", dataclasses.replace(TAIL, group=8),
+    ),
+    Bug(
+        "splits that store to one place", (PLAIN, THREAD), "decode.cu", "row_of_out * p.splits.value + work.split",
+        "row_of_out * p.splits.value", narrow,
+    ),
+    Bug(
+        "a maximum that is not atomic", (THREAD,), "quantize.cu", "ptx::atomic_max(&slots[slot], largest)",
+        "slots[slot] = max_of(slots[slot], largest)", quantize("tensor"),
+    ),
+]  # fmt: skip
+
+
+def noticed(folder, monkeypatch, machine, bug):
+    text = sources.FILES[bug.file]
+    assert bug.right in text, f"{bug.file} has changed: plant this bug elsewhere"
+    fresh = emulator.Emulator(folder, machine.common)
+    with fresh.installed(monkeypatch):
+        monkeypatch.setitem(sources.FILES, bug.file, text.replace(bug.right, bug.wrong))
+        with pytest.raises((AssertionError, RuntimeError)) as caught:
+            run(fresh, bug.check) if isinstance(bug.check, Case) else bug.check(fresh)
+    return str(caught.value)
+
+
+MODE = emulator.toolchain.current().name
+
+
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if MODE in bug.modes or MODE == "debug"], ids=str)
+def test_planted_bugs_are_noticed(tmp_path, monkeypatch, machine, bug):
+    said = noticed(tmp_path, monkeypatch, machine, bug)
+    assert "cannot compile" not in said
+    assert bug.said in said
+    if MODE == THREAD:
+        assert "ThreadSanitizer: data race" in said
+    elif MODE == ADDRESS:
+        assert "AddressSanitizer" in said or "runtime error" in said
+
+
+@pytest.mark.parametrize("check", {bug.check for bug in BUGS}, ids=lambda check: str(check)[:80])
+def test_checks_of_planted_bugs_pass_without_them(emulate, check):
+    run(emulate, check) if isinstance(check, Case) else check(emulate)
+
+
+def test_planted_bugs_cover_the_modes():
+    counts = Counter(mode for bug in BUGS for mode in bug.modes)
+    assert len(BUGS) >= 25 and len({bug.name for bug in BUGS}) == len(BUGS)
+    assert counts[PLAIN] >= 20 and counts[ADDRESS] >= 8 and counts[THREAD] >= 8
+    # What no other mode notices.
+    for mode in (ADDRESS, THREAD):
+        assert sum(bug.modes == (mode,) for bug in BUGS) >= 5
+
+
+# Kernels that exchange through shared memory within a warp, and publish with a fence: no kernel of cuda_src does so yet
+
+
+@dataclass(frozen=True)
+class TestKernel:
+    """A kernel of the tests, in the form of a specialisation."""
+
+    __test__ = False
+    text: str
+    threads: int = 64
+    shared_bytes: int = 4 * 64
+    entry = "kernel"
+
+    def source(self):
+        return sources.render("test kernel", [], [], "base/ptx.cuh") + PARAMS + self.text
+
+
+PARAMS = "struct Params { u32* data; u32* flag; i64 count; };"
+
+EXCHANGE = """
+extern "C" __global__ void kernel(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) u8 shared[];
+    u32* mine = reinterpret_cast<u32*>(shared) + threadIdx.x / 32 * 32;
+    const int lane = threadIdx.x % 32;
+    mine[lane] = threadIdx.x;
+    ptx::sync_warp();
+    p.data[threadIdx.x] = mine[lane ^ 1];
+}
+"""
+
+# A CTA writes, then announces it; the last one to do so adds up what all have written.
+PUBLISH = """
+extern "C" __global__ void kernel(const __grid_constant__ Params p) {
+    if (threadIdx.x) return;
+    p.data[blockIdx.x] = blockIdx.x + 1;
+    emulator::fence();
+    emulator::publish(p.flag);
+    const u32 before = __atomic_fetch_add(p.flag, 1u, __ATOMIC_RELAXED);
+    emulator::fence();
+    if (before + 1 < gridDim.x) return;
+    u32 sum = 0;
+    for (u32 i = 0; i < gridDim.x; i++) sum += p.data[i];
+    p.data[0] = sum;
+}
+"""
+
+
+def run_exchange(machine, text):
+    data, flag = move(np.zeros(64, np.uint32)), move(np.zeros(1, np.uint32))
+    machine.call(TestKernel(text), 1, data, flag, 0)
+    assert np.array_equal(data, np.arange(64, dtype=np.uint32) ^ 1)
+
+
+def run_publish(machine, text):
+    data, flag = move(np.zeros(8, np.uint32)), move(np.zeros(1, np.uint32))
+    machine.call(TestKernel(text, threads=32), 8, data, flag, 0)
+    assert data[0] == 36 and flag[0] == 8
+
+
+def test_warps_exchange_and_ctas_publish(emulate):
+    run_exchange(emulate, EXCHANGE)
+    run_publish(emulate, PUBLISH)
+
+
+@pytest.mark.skipif(MODE != THREAD, reason="python tests/emulator thread")
+@pytest.mark.parametrize(
+    ("call", "text", "right", "wrong"),
+    [
+        (run_exchange, EXCHANGE, "    ptx::sync_warp();\n", ""),
+        # Lanes meet, but a vote orders no memory.
+        (run_exchange, EXCHANGE, "    ptx::sync_warp();\n", "    ptx::any(true);\n"),
+        (run_publish, PUBLISH, "    emulator::fence();\n    emulator::publish", "    emulator::publish"),
+        (run_publish, PUBLISH, "    emulator::fence();\n    if", "    if"),
+    ],
+    ids=["no sync_warp", "a vote for sync_warp", "no fence before publishing", "no fence after reading"],
+)
+def test_missing_order_within_a_warp_and_between_ctas(emulate, call, text, right, wrong):
+    assert text.count(right) == 1
+    with pytest.raises(RuntimeError, match="ThreadSanitizer: data race"):
+        call(emulate, text.replace(right, wrong))
