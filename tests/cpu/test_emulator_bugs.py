@@ -176,15 +176,15 @@ BUGS = [
         "a partial result read that nobody uses", (ADDRESS,), "merge.cu",
         "outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : zero;",
         "outs_read[i] = partial_out[static_cast<i64>(split) * quads];\n"
-        "                if (!exists) outs_read[i] = zero;", SPLIT, "heap-buffer-overflow",
+        "                if (!exists) outs_read[i] = zero;", SPLIT, "use-after-poison",
     ),
     Bug(
         "a scale too many", (ADDRESS,), "quantize.cu", "if (i < p.scale_count)", "if (i <= p.scale_count)",
-        quantize("head"), "heap-buffer-overflow",
+        quantize("head"), "use-after-poison",
     ),
     Bug(
         "values read past the end of a row", (ADDRESS,), "quantize.cu", "d < p.head_dim; d += 128",
-        "d <= p.head_dim; d += 128", quantize("tensor"), "heap-buffer-overflow",
+        "d <= p.head_dim; d += 128", quantize("tensor"), "use-after-poison",
     ),
     Bug(
         "codes written past the end", (ADDRESS,), "quantize.cu", "at < p.rows * quads; at += threads) {\n"
@@ -194,7 +194,7 @@ BUGS = [
         "        const i64 row = min_of(at, p.rows * quads - 1) / quads;\n"
         "        const int quad = static_cast<int>(at % quads);\n"
         "        const RowIndex index = RowIndex::of(p, row);\n        const float4 x",
-        quantize("token"), "heap-buffer-overflow",
+        quantize("token"), "use-after-poison",
     ),
     # Races
     Bug(

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,26 @@ def emulated(array: np.ndarray) -> EmulatedArray:
     return np.asarray(array).view(EmulatedArray)
 
 
+#: Bytes before and after an array that nobody may touch, at a multiple of what rows may start at.
+_GUARD = 8192
+
+
+def allocate(size: int) -> EmulatedArray:
+    """``size`` bytes of NaN, so that what is not written shows, between guards that AddressSanitizer knows.
+
+    Guards of our own rather than the allocator's: a write that is reported happens all the same.
+    """
+    raw = np.full(size + 2 * _GUARD, 0xFF, np.uint8)
+    poison = getattr(ctypes.CDLL(None), "__asan_poison_memory_region", None)
+    if poison is not None:
+        unpoison = ctypes.CDLL(None).__asan_unpoison_memory_region
+        poison.argtypes = unpoison.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        poison(raw.ctypes.data, _GUARD)
+        poison(raw.ctypes.data + _GUARD + size, _GUARD)
+        weakref.finalize(raw, unpoison, raw.ctypes.data, raw.nbytes)
+    return emulated(raw[_GUARD : _GUARD + size])
+
+
 class _Library(arrays.NumpyLibrary):
     name = "emulated"
 
@@ -55,8 +76,7 @@ class _Library(arrays.NumpyLibrary):
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
         size = int(np.prod(shape)) * arrays.numpy_dtype(dtype).itemsize
-        # NaN: what is not written shows. An allocation of its own and no larger, so that its end is known.
-        array = emulated(np.full(size, 0xFF, np.uint8).view(arrays.numpy_dtype(dtype)).reshape(shape))
+        array = allocate(size).view(arrays.numpy_dtype(dtype)).reshape(shape)
         return array, array.ctypes.data
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from cases import Arrays, Case, build
 
-from . import EmulatedArray, Emulator, emulated
+from . import EmulatedArray, Emulator, allocate
 
 #: Split over CTAs and merged; and short requests whose last tile is not full.
 SPLIT = Case(group=5, num_kv_heads=1, batch=1, kv_len=1500, seed=2)
@@ -18,7 +18,7 @@ TAIL = Case(group=3, num_kv_heads=2, batch=2, kv_len=61, kv_lens="device", lens=
 
 def move(values: np.ndarray) -> Any:
     """A copy in an allocation of its own."""
-    copy = emulated(np.empty(values.nbytes, np.uint8).view(values.dtype).reshape(values.shape))
+    copy = allocate(values.nbytes).view(values.dtype).reshape(values.shape)
     copy[...] = values
     return copy
 
