@@ -107,7 +107,9 @@ BUGS = [
         "work.kv_head + first_column",
     ),
     Bug("the wrong cache head", (PLAIN,), "layout/padded.cuh", "head * p.v_stride_head", "0 * p.v_stride_head"),
-    Bug("one term of a bf16 weight", (PLAIN,), "base/operand.cuh", "kWeightTerms = 2;", "kWeightTerms = 1;", BF16_CACHE),
+    Bug(
+        "one term of a bf16 weight", (PLAIN,), "base/operand.cuh", "kWeightTerms = 2;", "kWeightTerms = 1;", BF16_CACHE,
+    ),
     Bug(
         "the query's factor not undone", (PLAIN,), "attention/query.cuh", "return scale * inverses_",
         "return scale; scale * inverses_", BF16_QUERY,
@@ -209,8 +211,8 @@ BUGS = [
         "        ptx::sync_warp();\n",
     ),
     Bug(
-        "no barrier between pieces", (THREAD,), "attention/combine.cuh", "if (first_tile || begin) ptx::sync_threads();",
-        "", WIDE,
+        "no barrier between pieces", (THREAD,), "attention/combine.cuh",
+        "if (first_tile || begin) ptx::sync_threads();", "", WIDE,
     ),
     Bug("no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n", "", SPLIT),
     Bug(
