@@ -95,7 +95,8 @@ DEVICE void sync_warp(CALL_SITE) { emulator::sync_warp(at); }
 DEVICE void atomic_max(u32* address, u32 value) {
     emulator::publish(address);
     u32 old = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (old < value && !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    constexpr int kOrder = __ATOMIC_RELAXED;
+    while (old < value && !__atomic_compare_exchange_n(address, &old, value, true, kOrder, kOrder)) {
     }
 }
 

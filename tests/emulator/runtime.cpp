@@ -1,5 +1,5 @@
-// CUDA's execution model on a CPU, as far as the kernels use it. A CTA is an OS thread, so that its thread_local objects
-// are its shared memory; its CUDA threads are fibers that switch only where they meet.
+// CUDA's execution model on a CPU, as far as the kernels use it. A CTA is an OS thread, so its thread_local objects are
+// its shared memory; its CUDA threads are fibers that switch only where they meet.
 //
 // This file is compiled without sanitizers and finds them, if they are loaded, through weak symbols. It must not call
 // what they intercept for memory that kernels use: a memset here would be a write like any other.
@@ -220,8 +220,10 @@ void say_deadlock() {
     const Fiber *first = nullptr, *second = nullptr;
     for (const Fiber& fiber : cta->fibers) {
         if (fiber.done) continue;
-        if (!first) first = &fiber;
-        else if (fiber.point != first->point && !second) second = &fiber;
+        if (!first)
+            first = &fiber;
+        else if (!second && fiber.point != first->point)
+            second = &fiber;
     }
     const auto number = [](const Fiber* fiber) { return static_cast<int>(fiber - cta->fibers.data()); };
     if (!second) second = first;

@@ -1,6 +1,6 @@
-// What a kernel sees of CUDA on a CPU: its keywords, vector types and indices, and the calls of its host bodies into the
-// runtime. Included before a kernel's own text, which is compiled as it is. runtime.cpp and warp.cpp are objects of
-// their own, never instrumented by a sanitizer: what they do for all threads at once is not an access of any thread.
+// What a kernel sees of CUDA on a CPU: keywords, vector types, indices, and what its host bodies call in the runtime.
+// Included before a kernel's own text, which is compiled as it is. runtime.cpp and warp.cpp are objects of their own,
+// never instrumented by a sanitizer: what they do for all threads at once is not an access of any thread.
 #pragma once
 #include <math.h>
 #include <stdio.h>
