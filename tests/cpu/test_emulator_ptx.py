@@ -11,7 +11,7 @@ import pytest
 from emulator.checks import move
 from ptx_functions import FUNCTIONS, GRID
 
-from cupy_fp8kv.jit import compiler, sources
+from cupy_fp8kv.jit import sources
 
 COUNT = 65536 * (4 if emulator.toolchain.current().name == "plain" else 1)
 
@@ -34,25 +34,3 @@ def test_every_ptx_function_has_a_host_body_and_a_test():
     assert declared((emulator.HERE / "ptx.cuh").read_text(encoding="utf-8")) == real
     called = {name for function in FUNCTIONS for name in re.findall(r"ptx::(\w+)", function.body)}
     assert called == real
-
-
-@pytest.mark.parametrize("arch", [80, 89, 90])
-def test_their_kernels_compile_for_a_gpu(arch):
-    """One source of all functions: what test_gpu_ptx.py compiles one by one."""
-    pytest.importorskip("cupy")
-    functions = [function for function in FUNCTIONS if function.arch <= arch]
-
-    class All:
-        entry = "kernel"
-        shared_bytes = 0
-
-        def source(self):
-            header = functions[0].source().split("struct Params", 1)[0]
-            bodies = [function.source().split("struct Params", 1)[1] for function in functions]
-            return header + "".join(
-                f"namespace kernel_{i} {{ struct Params{body.replace('void kernel', f'void kernel_{i}')} }}\n"
-                for i, body in enumerate(bodies)
-            )
-
-    report = compiler.compile_offline(All(), arch)
-    assert not report.error and report.cubin

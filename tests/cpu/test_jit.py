@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ptx_functions import FUNCTIONS
 
 import cupy_fp8kv
 from cupy_fp8kv.backends import cuda
@@ -355,6 +356,28 @@ def test_slow_compilations_say_so(capsys, monkeypatch):
     with compiler._Progress(SPEC, 90):
         pass
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_the_kernels_of_ptx_functions_compile(arch):
+    """One source of all functions: what test_gpu_ptx.py compiles one by one."""
+    pytest.importorskip("cupy")
+    functions = [function for function in FUNCTIONS if function.arch <= arch]
+
+    class All:
+        entry = "kernel"
+        shared_bytes = 0
+
+        def source(self):
+            header = functions[0].source().split("struct Params", 1)[0]
+            bodies = [function.source().split("struct Params", 1)[1] for function in functions]
+            return header + "".join(
+                f"namespace kernel_{i} {{ struct Params{body.replace('void kernel', f'void kernel_{i}')} }}\n"
+                for i, body in enumerate(bodies)
+            )
+
+    report = compiler.compile_offline(All(), arch)
+    assert not report.error and report.cubin
 
 
 # How the sources are written
