@@ -1,32 +1,46 @@
 // Attention of one query token per request over a cache: softmax(q K^T) V for the query heads of a cache head together.
 //
-// A warp takes 16 * kSubtiles rows at a time. S^T = K Q^T has the rows of K as its rows and the query heads as its
-// columns; the weights are transposed in registers and O^T += V^T P^T keeps the columns where they are. Rows go from
-// global memory straight into registers; while a tile is worked on, the next tile's rows are on their way.
-// The warps of a CTA take turns over its rows and combine at the end; CTAs that share a request write partial results
-// for merge.cu.
+// A warp takes 16 * kSubtiles rows of one cache head at a time. S^T = K Q^T has the rows of K as its rows and the query
+// heads as its columns; the weights are transposed in registers and O^T += V^T P^T keeps the columns where they are.
+// Rows come through a ring in shared memory that the copy engine fills (kStages > 0, sm_90 and later), for kHeads
+// neighbouring cache heads together; or from global memory straight into registers, where the next tile's rows are on
+// their way while a tile is worked on. The warps of a CTA take turns over its rows and combine at the end; CTAs that
+// share a request write partial results for merge.cu.
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
-// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kCtasPerSm,
-// kAhead, kSoftCap and kSharedBytes. kAhead is how early the next tile is asked for, as far as registers allow: 2, its
-// K before this tile's products with Q and its V after those with the weights; 1, its K after the products with Q;
-// 0, K and V take turns in the registers.
+// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kHeads, kStages,
+// kCtasPerSm, kAhead, kSoftCap and kSharedBytes. kAhead is how early the next tile is asked for, as far as registers
+// allow: 2, its K before this tile's products with Q and its V after those with the weights; 1, its K after the
+// products with Q; 0, K and V take turns in the registers, as they always do with a ring.
 #include "attention/columns.cuh"
 #include "attention/combine.cuh"
 #include "attention/query.cuh"
+#include "attention/ring.cuh"
 #include "attention/tile.cuh"
 #include "mask.cuh"
 #include "params.cuh"
 
-using Queries = Query<QFormat, KFormat, kHeadDim, kColumnTiles>;
+using Queries = Query<QFormat, KFormat, kHeadDim, kColumnTiles, kHeads, kWarps>;
 using Keys = KTile<KFormat, kHeadDim, kSubtiles>;
 using Values = VTile<VFormat, kHeadDim, kSubtiles>;
 using WarpColumns = Columns<kColumnTiles, Values::kTiles, kSubtiles>;
-using WarpCombine = Combine<kHeadDim, kColumnTiles, kWarps, kCtasPerSm>;
+using WarpCombine = Combine<kHeadDim, kColumnTiles, kWarps, kHeads, kCtasPerSm>;
 
 constexpr int kTileRows = 16 * kSubtiles;
 constexpr int kColumns = 8 * kColumnTiles;
-static_assert(kSharedBytes == Queries::kSharedBytes + WarpCombine::kSharedBytes, "spec.py and the kernel disagree");
+// Rows that the warps of a CTA take together, for each of its heads.
+constexpr int kTurnRows = kWarps / kHeads * kTileRows;
+constexpr bool kHasRing = kStages > 0;
+constexpr int kThreads = 32 * (kWarps + kHasRing);
+using KBox = RingBox<kHeadDim * KFormat::kBytes, kTurnRows, kHeads>;
+using VBox = RingBox<kHeadDim * VFormat::kBytes, kTurnRows, kHeads>;
+using KVRing = Ring<KBox, VBox, max_of(kStages, 1), kWarps>;
+// With little else to wait for, the chain of products is what a tile takes long for.
+constexpr int kChains = kHasRing && kSubtiles * kColumnTiles == 1 ? 2 : 1;
+constexpr int kRingBytes = kHasRing ? KVRing::kSharedBytes : 0;
+static_assert(kSharedBytes == kRingBytes + WarpCombine::kSharedBytes + Queries::kSharedBytes,
+              "spec.py and the kernel disagree");
+static_assert(!kHasRing || kAhead == 0, "a ring is ahead by itself");
 
 // tanh(y) to some 2^-20 of itself: 1 - 2 / (1 + exp(2y)), which is exact at both ends but cancels near 0, where its
 // series is used (DLMF 4.33.3).
@@ -49,9 +63,7 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
                 const int row = first_row + 16 * r + 8 * (i / 2) + lane.group;
                 const int head = first_head + 8 * n + 2 * lane.thread + i % 2;
                 float x = scores[r][n][i] * queries.logit_scale(scale, n, i % 2, lane);
-                if constexpr (kSoftCap) {
-                    x = (p.soft_cap * kLog2E) * tanh_of(x / p.soft_cap);
-                }
+                if constexpr (kSoftCap) x = (p.soft_cap * kLog2E) * tanh_of(x / p.soft_cap);
                 scores[r][n][i] = Position::logit(x, head, kv_len - 1 - row);
             }
     if (range.covers(first_row, kTileRows)) return;
@@ -64,46 +76,68 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
                 for (int n = 0; n < kColumnTiles; n++) scores[r][n][i] = negative_infinity();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
-    extern __shared__ __align__(16) u8 shared[];
-    const Lane lane = Lane::self();
-    const Work work = Schedule::work(p, blockIdx.x);
-    ptx::wait_for_previous_kernel();  // nothing before this reads memory
+// Keeps the ring full: what one thread of a warp of its own does.
+DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
+    const RowRange range = RowRange::of_request(Layout::kv_len(p, work.request), p.window_left);
+    const int step = p.splits.value * kTurnRows;
+    KVRing::Turn turn;
+    int filled = 0;
+    for (int row = range.begin + work.split * kTurnRows; row < range.end; row += step) {
+        ring.fill(turn, filled++ < kStages, &p.k_map, &p.v_map, row, work.head_team * kHeads, work.request);
+        turn.advance();
+    }
+}
+
+// Attention of one CTA's share, by its first kWarps warps.
+DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, const Lane& lane, u8* shared) {
     const int kv_len = Layout::kv_len(p, work.request);
     const RowRange range = RowRange::of_request(kv_len, p.window_left);
-    const auto k_rows = Layout::k_rows(p, work.request, work.kv_head).from(Keys::Slice::begin(lane.thread));
-    const auto v_rows = Layout::v_rows(p, work.request, work.kv_head).from(Values::Slice::begin(lane.group));
+    const int head_of_team = lane.warp % kHeads;
+    const int kv_head = work.head_team * kHeads + head_of_team;
+    const auto k_rows = Layout::k_rows(p, work.request, kv_head).from(Keys::Slice::begin(lane.thread));
+    const auto v_rows = Layout::v_rows(p, work.request, kv_head).from(Values::Slice::begin(lane.group));
 
     Keys keys;
     Values values;
     // The warps of all CTAs that share a request take turns over its tiles, so that what is read at one time lies close
     // together. plan.split_rows is the same formula.
-    const int step = p.splits.value * kWarps * kTileRows;
-    int row = range.begin + (work.split * kWarps + lane.warp) * kTileRows;
+    const int step = p.splits.value * kTurnRows;
+    const int row_in_turn = lane.warp / kHeads * kTileRows;
+    int first_row = range.begin + work.split * kTurnRows;  // of the rows that the warps take together
     // The cache's first rows are asked for before q is even read.
-    if (row < range.end) {
-        keys.load(k_rows, range, row, lane);
-        if (kAhead > 0) values.load(v_rows, range, row, lane);
+    if (!kHasRing && first_row + row_in_turn < range.end) {
+        keys.load(k_rows, range, first_row + row_in_turn, lane);
+        if (kAhead > 0) values.load(v_rows, range, first_row + row_in_turn, lane);
     }
 
     const int first_column = work.column_block * kColumns;
     const int used_columns = min_of(kColumns, p.group_size - first_column);
-    const int first_head = work.kv_head * p.group_size + first_column;
+    // The query head of the first column of one of the CTA's cache heads.
+    const auto first_head_of = [&](int head) { return (work.head_team * kHeads + head) * p.group_size + first_column; };
+    const int first_head = first_head_of(head_of_team);
     const u8* q = p.q + work.request * p.q_stride_request;
     // Columns without a head of their own repeat the last one; nothing reads their results.
     const Queries queries(
-        [&](int column) { return q + (first_head + min_of(column, used_columns - 1)) * p.q_stride_head; }, lane,
-        shared);
+        [&](int head, int column) {
+            return q + (first_head_of(head) + min_of(column, used_columns - 1)) * p.q_stride_head;
+        },
+        head_of_team, lane, shared + WarpCombine::kSharedBytes);
 
-    float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, work.kv_head);
+    float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, kv_head);
     scale = Scale::at(scale, p.q_scale, 0, 0) * KFormat::kGain;
     if constexpr (!kSoftCap) scale *= kLog2E;  // a soft cap needs natural logits first
 
     WarpColumns columns;
-    while (row < range.end) {
-        const int next = row + step;
+    KVRing::Turn turn;
+    // A ring has rows for all warps as long as it has any; registers only what is in the range.
+    for (; first_row + (kHasRing ? 0 : row_in_turn) < range.end; first_row += step) {
+        const int row = first_row + row_in_turn, next = row + step;
         const bool more = next < range.end;
         float scores[kSubtiles][kColumnTiles][4] = {};
+        if constexpr (kHasRing) {
+            const u8* box = ring.wait_for_k(turn);
+            keys.load(KBox::rows(box, head_of_team, first_row, Keys::Slice::begin(lane.thread)), range, row, lane);
+        }
         if constexpr (kAhead == 2) {
             // Converted before the next rows are asked for, so that those take the registers of these.
             u32 rows[kSubtiles][Queries::kSteps][4];
@@ -112,21 +146,29 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
 #pragma unroll
                 for (int s = 0; s < Queries::kSteps; s++) Queries::rows_of(keys, r, s, rows[r][s]);
             if (more) keys.load(k_rows, range, next, lane);
-            queries.multiply(
+            queries.multiply<1>(
                 [&](int r, int s, u32(&a)[4]) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) a[i] = rows[r][s][i];
                 },
                 scores);
         } else {
-            queries.multiply([&](int r, int s, u32(&a)[4]) { Queries::rows_of(keys, r, s, a); }, scores);
+            queries.multiply<kChains>([&](int r, int s, u32(&a)[4]) { Queries::rows_of(keys, r, s, a); }, scores);
+            // After what used the rows, so that their loads have ended.
+            if constexpr (kHasRing) ring.release_k(turn, lane);
             if (kAhead == 1 && more) keys.load(k_rows, range, next, lane);
-            if (kAhead == 0) values.load(v_rows, range, row, lane);
+            if (kAhead == 0 && !kHasRing) values.load(v_rows, range, row, lane);
         }
         to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
         columns.update(scores);
-        // The compiler would wait for V before the exponentials, to pair its bytes early; nothing moves up across this.
-        ptx::sync_warp();
+        if constexpr (kHasRing) {
+            const u8* box = ring.wait_for_v(turn);
+            values.load(VBox::rows(box, head_of_team, first_row, Values::Slice::begin(lane.group)), range, row, lane);
+        } else {
+            // The compiler would wait for V before the exponentials, to pair its bytes early; nothing moves up across
+            // this.
+            ptx::sync_warp();
+        }
         // A weight of 0 does not hide an infinity.
         if (!range.covers(row, kTileRows)) values.clear_beyond(range, row, lane);
 #pragma unroll
@@ -136,23 +178,27 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
             WarpColumns::fragments<typename VFormat::Operand, kTerms>(scores[r], weights);
             values.accumulate(r, weights, columns.out);
         }
+        if constexpr (kHasRing) {
+            ring.release_v(turn, lane);
+            turn.advance();
+        }
 
         if (kAhead > 0 && more) values.load(v_rows, range, next, lane);
-        if (kAhead == 0 && more) keys.load(k_rows, range, next, lane);
-        row = next;
+        if (kAhead == 0 && !kHasRing && more) keys.load(k_rows, range, next, lane);
     }
     columns.finish();
     ptx::let_next_kernel_start();  // merge.cu, if this splits: it waits for the results where it starts
 
-    const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride, work.kv_head);
-    const int num_qo_heads = p.num_kv_heads.value * p.group_size;
+    const int num_qo_heads = p.num_kv_heads * p.group_size;
     WarpCombine::run(
-        columns, used_columns, lane, shared + Queries::kSharedBytes,
-        [&](int column, const SoftmaxState& state, int j, int group, float first, float second) {
-            const int head = first_head + column;
+        columns, used_columns, lane, shared,
+        [&](int head_in_team, int column, const SoftmaxState& state, int j, int group, float first, float second) {
+            const int head = first_head_of(head_in_team) + column;
             const int dim = Values::dim(j, group);
             const i64 row_of_out = static_cast<i64>(work.request) * num_qo_heads + head;
             const bool reports = j == 0 && group == 0;
+            const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
+                                                               work.head_team * kHeads + head_in_team);
             if (p.splits.value == 1) {
                 const float factor = state.normalizer() * out_scale;
                 u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
@@ -167,4 +213,22 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm) decode(con
                     *reinterpret_cast<float2*>(p.partial_state + part * 2) = make_float2(state.reference, state.sum);
             }
         });
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const Lane lane = Lane::self();
+    const Work work = Schedule::work(p, blockIdx.x);
+    const KVRing ring(shared);
+    if constexpr (kHasRing) {
+        const bool feeds = lane.warp == kWarps && lane.index() == 0;
+        if (feeds) ring.init();
+        ptx::sync_threads();
+        ptx::wait_for_previous_kernel();  // nothing before this reads memory
+        if (feeds) feed(p, work, ring);
+        if (lane.warp == kWarps) return;
+    } else {
+        ptx::wait_for_previous_kernel();
+    }
+    attend(p, work, ring, lane, shared + kRingBytes);
 }

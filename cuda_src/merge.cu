@@ -1,6 +1,6 @@
 // Merges the partial results of the CTAs that shared a request: one CTA a query head of a request.
 //
-// A thread owns four head dimensions of every kParts-th split; the parts meet in shared memory, in a fixed order.
+// A thread owns four head dimensions of every `parts`-th split; the parts meet in shared memory, in a fixed order.
 // The specialisation defines QFormat, the type of the result.
 #include "params.cuh"
 #include "softmax_state.cuh"
@@ -22,7 +22,6 @@ DEVICE void add(float4& x, const float4& other, float factor) {
     x.z += factor * other.z;
     x.w += factor * other.w;
 }
-
 
 extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ DecodeParams p) {
     __shared__ SoftmaxState states[kMostParts];
@@ -75,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
         min_of(parts, p.splits.value), [&](int i) { return states[i]; },
         [&](int i, float factor) { add(out, outs[i * quads + quad], factor); });
     const float factor = state.normalizer();
-    const int num_qo_heads = p.num_kv_heads.value * p.group_size;
+    const int num_qo_heads = p.num_kv_heads * p.group_size;
     const int request = blockIdx.x / num_qo_heads, head = blockIdx.x % num_qo_heads;
     u8* to = p.out + request * p.out_stride_request + head * p.out_stride_head;
     reinterpret_cast<uint2*>(to)[quad] = make_uint2(QFormat::Operand::pack(out.x * factor, out.y * factor),

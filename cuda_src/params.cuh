@@ -7,6 +7,8 @@
 
 // decode.cu, and merge.cu behind it.
 struct DecodeParams {
+    TensorMap k_map;         // K and V as decode.cu's ring copies them: boxes of rows and heads
+    TensorMap v_map;
     // What changes from call to call comes first: it is written by one pack.
     float* partial_out;      // [B, Hq, splits, D], or null when splits == 1
     float* partial_state;    // [B, Hq, splits, 2]: reference and sum of the softmax state
@@ -40,7 +42,8 @@ struct DecodeParams {
     int v_stride_row;
     int group_size;          // Hq / Hkv
     int head_dim;            // D
-    Divisor num_kv_heads;    // Hkv
+    int num_kv_heads;        // Hkv
+    Divisor head_teams;      // Hkv / kHeads: CTAs that share the cache heads of one request
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
 };

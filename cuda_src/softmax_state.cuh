@@ -40,7 +40,9 @@ struct SoftmaxState {
 template <class State, class Add>
 DEVICE SoftmaxState merge_states(int count, State state, Add add) {
     SoftmaxState total = SoftmaxState::empty();
+#pragma unroll
     for (int i = 0; i < count; i++) total.reference = max_of(total.reference, state(i).reference);
+#pragma unroll
     for (int i = 0; i < count; i++) {
         const SoftmaxState part = state(i);
         const float factor = part.factor_to(total.reference);

@@ -89,7 +89,7 @@ def decode(
 
     key = (
         batched, library, q_signature, k_signature, v_signature, out_signature, kv_layout, pos_encoding_mode,
-        logits_soft_cap, window_left, kv_format, lse_base, backend,
+        logits_soft_cap, window_left, kv_format, lse_base, backend, kv_lens is not None,
     )  # fmt: skip
     try:
         prepared = _prepared.get(key)
@@ -200,6 +200,7 @@ def _prepare(
     kv_format: Any,
     lse_base: str,
     backend: str | None,
+    ragged: bool,
 ) -> _Prepared:
     """What the first call of a kind finds out."""
     if not isinstance(lse_base, str) or lse_base not in _LSE_UNITS:
@@ -208,6 +209,7 @@ def _prepare(
     problem, cuda = check_call(
         *facts, batched=batched, kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode,
         logits_soft_cap=logits_soft_cap, window_left=window_left, kv_format=kv_format, backend=backend,
+        ragged=ragged,
     )  # fmt: skip
     out_strides = (problem.num_qo_heads * problem.head_dim * 2, problem.head_dim * 2)
     if out_signature is not None:
@@ -229,6 +231,7 @@ def check_call(
     window_left: int,
     kv_format: Any,
     backend: str | None,
+    ragged: bool = False,
 ) -> tuple[DecodeProblem, bool]:
     """The problem that a call is, and whether it runs on CUDA. ValueError or TypeError for what does not fit."""
     check_pos_encoding_mode(pos_encoding_mode)
@@ -237,7 +240,7 @@ def check_call(
         raise ValueError(f"logits_soft_cap: expected a finite number >= 0 or None, got {logits_soft_cap}")
     problem = bind_decode(
         q, k, v, batched=batched, kv_layout=kv_layout, requested_format=kv_format, soft_cap=bool(logits_soft_cap),
-        window_left=window_left, position=pos_encoding_mode,
+        window_left=window_left, position=pos_encoding_mode, ragged=ragged,
     )  # fmt: skip
     for name, facts, itemsize in (
         ("q", q, 2),

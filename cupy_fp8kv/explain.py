@@ -52,13 +52,15 @@ def explain(
     logits_soft_cap: float | None = None,
     kv_format: Any = None,
     window_left: int = -1,
+    kv_lens: Any = None,
     backend: str | None = None,
     device: DeviceInfo | None = None,
 ) -> Explanation:
     """Which kernel, tile and splits a decode call with these arrays would use, and why. Nothing is run.
 
     Parameters are those of :func:`batch_decode_with_padded_kv_cache`, or of :func:`single_decode_with_kv_cache` if q
-    has two axes. ``device`` tells the plan for a device that is not there.
+    has two axes; of ``kv_lens`` it only matters whether there are any. ``device`` tells the plan for a device that is
+    not there.
     """
     q, k, v = (arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v")))
     library = common_library(q, k, v)
@@ -66,6 +68,7 @@ def explain(
     problem, cuda = check_call(
         *facts, batched=len(facts[0].shape) == 3, kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode,
         logits_soft_cap=logits_soft_cap, window_left=window_left, kv_format=kv_format, backend=backend,
+        ragged=kv_lens is not None,
     )  # fmt: skip
     if backend == "numpy" or not (cuda or device):
         return Explanation("numpy", problem, None, None)
@@ -106,5 +109,5 @@ def warmup(
         1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),
         soft_cap=logits_soft_cap,
     )  # fmt: skip
-    wanted: list[Spec] = [*specs(problem), MergeSpec(q_format)]
+    wanted: list[Spec] = [*specs(problem, device_info(device).arch), MergeSpec(q_format)]
     return [str(compiler.load(spec, device).spec) for spec in wanted]

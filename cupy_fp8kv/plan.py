@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .formats import KV_FORMATS
 from .jit.spec import DecodeSpec
-from .problem import DecodeProblem
+from .problem import MOST_BOX_ROWS, DecodeProblem
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,25 @@ _FRAGMENTS_OF_16_WARPS = 108
 _MIN_TILE_BYTES = {16: 2560, 8: 5120}
 #: A last wave that fills less than this of its slots is avoided by splitting.
 _MIN_FILL = 0.8
+#: A ring in shared memory, filled by the copy engine, reads long requests 1 to 3 % faster than loads into registers;
+#: in short ones its start costs as much. Measured on an H100 where an SM reads 0.5 to 4 MB, of 512 to 131072 rows:
+#: equal at 1024 rows and 1 MB.
+RING_BYTES_PER_SM = 1e6
+RING_ROWS = 2048
+#: Cache heads of a CTA, and whether several CTAs share a request, best first: neighbouring heads are read together, but
+#: no split is better still.
+RING_TEAMS = ((1, False), (2, False), (4, False), (2, True))
+#: Bytes of a ring, by whether several CTAs share a request. Where none do, CTAs with few bytes in flight stay in step
+#: and read neighbouring heads at one time: 96 KB are 1 to 2 % slower there.
+_RING_BYTES = {False: 64 << 10, True: 128 << 10}
+_RING_STAGES = 2
+_MOST_RING_ROW_BYTES = 256  # of K and V together: longer rows were measured without gain
+_MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 224 in all
+#: A ring has its SM for itself: this share of them must have one, in one wave.
+MIN_RING_FILL = 0.9
+#: Warps that work on what a ring brings, and the least architecture that has the copy engine.
+_RING_WARPS = 8
+_RING_ARCH = 90
 #: Bytes of partial results that no plan exceeds.
 MAX_WORKSPACE = 16 << 20
 #: Splits shorter than this many rows are not worth a merge once every SM has work.
@@ -94,9 +113,51 @@ def _subtiles(problem: DecodeProblem, warps: int, column_tiles: int) -> list[int
     return [n for n in (4, 2, 1) if n <= min(wanted, 4 // column_tiles if warps == 16 else 4)]
 
 
-def specs(problem: DecodeProblem) -> list[DecodeSpec]:
-    """Every specialisation that some batch, length and device may use for this kind of problem, largest CTAs first."""
-    return _cta_sizes(_tile(problem)[0])
+def specs(problem: DecodeProblem, arch: int) -> list[DecodeSpec]:
+    """Every specialisation that some batch, length, number of heads and device of ``arch`` may use for this kind of
+    problem: straight to registers first, largest CTAs first."""
+    spec, _ = _tile(problem)
+    rings = (_ring(spec, heads, split) for heads, split in RING_TEAMS) if arch >= _RING_ARCH else ()
+    return [*_cta_sizes(spec), *(ring for ring in rings if ring)]
+
+
+def _ring(spec: DecodeSpec, heads: int, split: bool) -> DecodeSpec | None:
+    """The kernel with a ring for ``heads`` neighbouring cache heads, or None where none was found to be faster."""
+    if spec.row_bytes > _MOST_RING_ROW_BYTES or (split and spec.column_tiles > 1):
+        return None
+    for subtiles in (4, 2, 1):
+        ring = replace(
+            spec, warps=_RING_WARPS, ctas_per_sm=1, subtiles=subtiles, heads=heads, stages=_RING_STAGES
+        )  # fmt: skip
+        fits = ring.stages * ring.stage_bytes <= _RING_BYTES[split] and ring.turn_rows <= MOST_BOX_ROWS
+        if fits and ring.fragment_registers[0] <= _MOST_FRAGMENTS:
+            return ring
+    return None
+
+
+def _ring_plan(
+    problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int
+) -> tuple[DecodeSpec, int, str] | None:
+    """Kernel, splits and reason of a plan with a ring, or None where registers do as well."""
+    sms = device.sm_count
+    if device.arch < _RING_ARCH or problem.rows_read < RING_ROWS or problem.kv_bytes < RING_BYTES_PER_SM * sms:
+        return None
+    # A CTA of several heads would make the longest of unequal requests last longer; column blocks read rows again, and
+    # were not measured.
+    if problem.ragged or blocks > 1 or not problem.can_copy_boxes:
+        return None
+    for heads, may_split in RING_TEAMS:
+        ring = _ring(spec, heads, may_split)
+        if problem.num_kv_heads % heads or ring is None or ring.shared_bytes > device.shared_per_block:
+            continue
+        pieces = problem.batch * problem.num_kv_heads // heads * blocks
+        turns = max(1, -(-problem.rows_read // ring.turn_rows))
+        splits = min(sms // pieces, turns) if may_split else 1
+        if splits and MIN_RING_FILL * sms <= pieces * splits <= sms:
+            teams = f" in teams of {heads}" if heads > 1 else ""
+            reason = f"{pieces} request heads{teams} in {splits} splits: a ring on {pieces * splits} of {sms} SMs"
+            return ring, splits, reason
+    return None
 
 
 def _cta_sizes(spec: DecodeSpec) -> list[DecodeSpec]:
@@ -107,6 +168,10 @@ def _cta_sizes(spec: DecodeSpec) -> list[DecodeSpec]:
 def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
     """Choose how to run ``problem`` on ``device``."""
     spec, blocks = _tile(problem)
+    chosen = _ring_plan(problem, device, spec, blocks)
+    if chosen:
+        ring, splits, reason = chosen
+        return _finish(problem, device, ring, blocks, splits, reason)
     full, half, quarter = _cta_sizes(spec)
     pieces = problem.batch * problem.num_kv_heads * blocks
     tiles = -(-problem.rows_read // full.tile_rows)
@@ -139,11 +204,23 @@ def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
         spec, slots = choices[best]
         splits = splits_of(spec, slots)
         reason = f"{pieces} request heads in {splits} splits fill {filled[best]:.0%} of {slots} slots in one wave"
+    return _finish(problem, device, spec, blocks, splits, reason)
+
+
+def _finish(
+    problem: DecodeProblem,
+    device: DeviceInfo,
+    spec: DecodeSpec,
+    blocks: int,
+    splits: int,
+    reason: str,
+) -> Plan:
     if spec.shared_bytes > device.shared_per_block:
         raise RuntimeError(f"{device.name}: {spec} needs {spec.shared_bytes} bytes of shared memory a CTA")
     heads = problem.batch * problem.num_qo_heads * splits if splits > 1 else 0
+    items = problem.batch * problem.num_kv_heads // spec.heads * blocks * splits
     return Plan(
-        spec=spec, splits=splits, column_blocks=blocks, grid=pieces * splits,
+        spec=spec, splits=splits, column_blocks=blocks, grid=items,
         workspace_out=heads * problem.head_dim * 4, workspace_state=heads * 8, reason=reason,
     )  # fmt: skip
 

@@ -16,6 +16,9 @@ MAX_GROUP_SIZE = 128
 ROW_ALIGNMENT = 16
 #: Rows of a request: row numbers, and a step beyond them, fit 32 bits.
 MAX_KV_LEN = 2**31 - 2**24
+#: Limits of what the copy engine (TMA) can describe: bytes of a step, rows of a box.
+MOST_BOX_STRIDE = 2**40
+MOST_BOX_ROWS = 256
 #: Bytes from one token's row to the next, which the kernels keep in 32 bits.
 MAX_ROW_STRIDE = 2**31 - 16
 
@@ -57,6 +60,7 @@ class DecodeProblem:
     soft_cap: bool = False
     window: int = -1  # rows that the window lets through, -1: all
     position: str = "NONE"
+    ragged: bool = False  # lengths of their own for the requests
 
     @property
     def group_size(self) -> int:
@@ -72,6 +76,16 @@ class DecodeProblem:
         """Bytes of K and V that a full-length batch reads."""
         itemsize = sum(kv_format(name).itemsize for name in (self.k_format, self.v_format))
         return self.batch * self.rows_read * self.num_kv_heads * self.head_dim * itemsize
+
+    @property
+    def can_copy_boxes(self) -> bool:
+        """Whether the copy engine can step through both caches: no axis backwards, in place or in very long steps."""
+        sizes = (self.batch, self.kv_len, self.num_kv_heads)
+        return all(
+            size < 2 or 0 < stride < MOST_BOX_STRIDE
+            for strides in (self.k_strides, self.v_strides)
+            for size, stride in zip(sizes, strides, strict=True)
+        )
 
     def __str__(self) -> str:
         return (
@@ -176,6 +190,7 @@ def bind_decode(
     soft_cap: bool = False,
     window_left: int = -1,
     position: str = "NONE",
+    ragged: bool = False,
 ) -> DecodeProblem:
     """Check that the arrays of a decode call fit together. Raises TypeError or ValueError naming what does not."""
     check_kv_layout(kv_layout)
@@ -206,5 +221,5 @@ def bind_decode(
         head_dim=head_dim, q_format=kv_format(q.dtype).name, k_format=k_format, v_format=v_format,
         q_strides=(q_request, q_head),
         k_strides=(k_request, k_row, k_head), v_strides=(v_request, v_row, v_head), soft_cap=soft_cap,
-        window=window_left + 1 if window_left >= 0 else -1, position=position,
+        window=window_left + 1 if window_left >= 0 else -1, position=position, ragged=ragged,
     )  # fmt: skip

@@ -82,11 +82,13 @@ class Case:
 
     @property
     def problem(self) -> DecodeProblem:
-        """For the planner, which does not look at strides."""
+        """For the planner, with the strides of a contiguous NHD cache."""
+        rows = [self.head_dim * KV_FORMATS[name].itemsize for name in (self.k, self.v)]
+        k, v = ((self.kv_len * self.num_kv_heads * row, self.num_kv_heads * row, row) for row in rows)
         return DecodeProblem(
             self.batch, self.kv_len, self.group * self.num_kv_heads, self.num_kv_heads, self.head_dim, self.q, self.k,
-            self.v, (0, 0), (0, 0, 0), (0, 0, 0), bool(self.soft_cap),
-            self.window_left + 1 if self.window_left >= 0 else -1,
+            self.v, (0, 0), k, v, bool(self.soft_cap), self.window_left + 1 if self.window_left >= 0 else -1,
+            ragged=self.kv_lens != "none",
         )  # fmt: skip
 
     def plan(self, device: DeviceInfo = H100) -> Plan:

@@ -289,7 +289,50 @@ _EXCHANGE = (
     "        out[0] = words[{1}];\n        ptx::{0}();"
 )
 
+#: Words that the other half of the CTA has stored, read back with the widest load and others.
+_LOAD_SHARED = (
+    "__shared__ __align__(16) u32 words[256];\n        for (int j = 0; j < {words}; j++)"
+    " words[4 * threadIdx.x + j] = in[j];\n        ptx::sync_threads();\n        u32 v[4] = {{}};\n"
+    "        ptx::load_shared<{bytes}>(v, reinterpret_cast<const u8*>(words + 4 * (63 - threadIdx.x)));\n"
+    "        for (int j = 0; j < {words}; j++) out[j] = v[j];\n        ptx::sync_threads();"
+)
+
+_COUNTING_BARRIER = """__shared__ u64 barrier;
+        __shared__ u32 words[64];
+        const i64 round = i / (64 * gridDim.x);
+        if (round == 0) {
+            if (threadIdx.x == 0) {
+                ptx::barrier_init(&barrier, 64);
+                ptx::barrier_init_done();
+            }
+            ptx::sync_threads();
+        }
+        words[threadIdx.x] = in[0];
+        ptx::barrier_arrive(&barrier);
+        ptx::barrier_wait(&barrier, round & 1);
+        out[0] = words[63 - threadIdx.x];
+        ptx::sync_threads();"""
+
+
+def _load_shared(nbytes: int) -> Function:
+    count = max(1, nbytes // 4)
+    mask = np.uint32(0xFFFF if nbytes == 2 else 0xFFFFFFFF)
+    return Function(
+        f"load_shared<{nbytes}>", count, count, _LOAD_SHARED.format(bytes=nbytes, words=count), words(count),
+        lambda x: x.reshape(-1, 64, count)[:, ::-1].reshape(-1, count) & mask,
+    )  # fmt: skip
+
+
 FUNCTIONS = [
+    *(_load_shared(nbytes) for nbytes in (2, 4, 8, 16)),
+    Function(
+        "barrier_init, barrier_arrive, barrier_wait", 1, 1, _COUNTING_BARRIER, words(1), _swapped(63 - np.arange(64)),
+        arch=90,
+    ),
+    Function(
+        "sync_first", 1, 1, _EXCHANGE.format("sync_first<64>", "63 - threadIdx.x"), words(1),
+        _swapped(63 - np.arange(64)),
+    ),
     Function(
         "load_once<2>", 1, 1, "u32 v[1]; ptx::load_once<2>(v, reinterpret_cast<const u8*>(in)); out[0] = v[0];",
         words(1), lambda x: x & 0xFFFF,

@@ -4,9 +4,11 @@
 #pragma once
 #include "softmax_state.cuh"
 
-template <int HEAD_DIM, int COLUMN_TILES, int WARPS, int CTAS_PER_SM>
+// Warp w works on cache head w % HEADS of the CTA's.
+template <int HEAD_DIM, int COLUMN_TILES, int WARPS, int HEADS, int CTAS_PER_SM>
 struct Combine {
     static constexpr int kTiles = HEAD_DIM / 16;
+    static constexpr int kTeam = WARPS / HEADS;
     static constexpr int kPieceTiles = min_of(kTiles, 8);
     // Four floats more than a piece has: the columns of a half-warp's 8-byte accesses then lie in different banks.
     static constexpr int kColumnStride = 16 * kPieceTiles + 4;
@@ -16,8 +18,9 @@ struct Combine {
     static constexpr int kPieceColumns = WARPS * 8 * COLUMN_TILES * kColumnStride * 4 > kMostBytes ? 1 : COLUMN_TILES;
     static constexpr int kSharedBytes = kStateBytes + WARPS * 8 * kPieceColumns * kColumnStride * 4;
 
-    // Calls store(column, state, j, group, first, second) once for every used column and pair of head dimensions (those
-    // of tile j, lane group `group`), with the merged state and the two merged, unnormalised results.
+    // Calls store(head, column, state, j, group, first, second) once for every used column of every head and pair of
+    // head dimensions (those of tile j, lane group `group`), with the merged state and the two merged, unnormalised
+    // results.
     template <class Columns, class Store>
     static DEVICE void run(const Columns& columns, int used, const Lane& lane, u8* shared, Store store) {
         SoftmaxState* states = reinterpret_cast<SoftmaxState*>(shared);
@@ -34,7 +37,7 @@ struct Combine {
 #pragma unroll
             for (int begin = 0; begin < kTiles; begin += kPieceTiles) {
                 const int tiles = min_of(kPieceTiles, kTiles - begin);
-                if (first_tile || begin) ptx::sync_threads();
+                if (first_tile || begin) ptx::sync_first<32 * WARPS>();
 #pragma unroll
                 for (int n = 0; n < kPieceColumns; n++)
 #pragma unroll
@@ -49,19 +52,28 @@ struct Combine {
                                         make_float2(columns.out[first_tile + n][begin + j][c],
                                                     columns.out[first_tile + n][begin + j][c + 2]);
                     }
-                ptx::sync_threads();
-                for (int task = threadIdx.x; task < width * 8 * tiles; task += 32 * WARPS) {
-                    const int column = task / (8 * tiles), at = task % (8 * tiles);
+                ptx::sync_first<32 * WARPS>();
+                for (int task = threadIdx.x; task < HEADS * width * 8 * tiles; task += 32 * WARPS) {
+                    const int at = task % (8 * tiles);
+                    const int head = task / (8 * tiles) % HEADS, column = task / (8 * tiles) / HEADS;
+                    const auto place = [&](int i) { return i * HEADS + head; };  // of the head's warps
                     float first = 0.0f, second = 0.0f;
+                    // All loads before the first use: one at a time, they would take as long as the products.
+                    SoftmaxState found[kTeam];
+                    float2 theirs[kTeam];
+#pragma unroll
+                    for (int i = 0; i < kTeam; i++) {
+                        found[i] = states[(place(i) * COLUMN_TILES + first_tile) * 8 + column];
+                        theirs[i] = *reinterpret_cast<const float2*>(
+                            piece + (place(i) * 8 * kPieceColumns + column) * kColumnStride + 2 * at);
+                    }
                     const SoftmaxState state = merge_states(
-                        WARPS, [&](int w) { return states[(w * COLUMN_TILES + first_tile) * 8 + column]; },
-                        [&](int w, float factor) {
-                            const float2 theirs = *reinterpret_cast<const float2*>(
-                                piece + (w * 8 * kPieceColumns + column) * kColumnStride + 2 * at);
-                            first += factor * theirs.x;
-                            second += factor * theirs.y;
+                        kTeam, [&](int i) { return found[i]; },
+                        [&](int i, float factor) {
+                            first += factor * theirs[i].x;
+                            second += factor * theirs[i].y;
                         });
-                    store(8 * first_tile + column, state, begin + at / 8, at % 8, first, second);
+                    store(head, 8 * first_tile + column, state, begin + at / 8, at % 8, first, second);
                 }
             }
         }

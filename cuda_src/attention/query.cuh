@@ -10,7 +10,7 @@ constexpr bool kSameType = false;
 template <class A>
 constexpr bool kSameType<A, A> = true;
 
-template <class QFormat, class KFormat, int HEAD_DIM, int COLUMN_TILES>
+template <class QFormat, class KFormat, int HEAD_DIM, int COLUMN_TILES, int HEADS, int WARPS>
 class Query {
     using Source = typename QFormat::Operand;
     using Operand = typename KFormat::Operand;
@@ -24,18 +24,22 @@ class Query {
     static constexpr int kTerms = !kSame && kSameType<Operand, BFloatOperand> ? 2 : 1;
     // bf16 fits fp16 after a power-of-two factor that brings the column's largest value below 2^15.
     static constexpr bool kHasFactor = !kSame && kSameType<Operand, HalfOperand>;
-    static constexpr int kSharedBytes = COLUMN_TILES * (kSteps * kTerms * 32 * 8 + 8 * 4);
+    static constexpr int kTiles = HEADS * COLUMN_TILES;
+    static constexpr int kSharedBytes = kTiles * (kSteps * kTerms * 32 * 8 + 8 * 4);
 
-    // `row(column)`: where the query of a column lies. `shared`: kSharedBytes. All threads of the CTA take part.
+    // `row(head, column)`: where the query of a column of one of the CTA's cache heads lies. `head`: the one whose
+    // columns this warp works on. `shared`: kSharedBytes. The CTA's first WARPS warps take part.
     template <class Row>
-    DEVICE Query(Row row, const Lane& lane, u8* shared)
+    DEVICE Query(Row row, int head, const Lane& lane, u8* shared)
         : fragments_(reinterpret_cast<uint2*>(shared) + lane.index()),
-          inverses_(reinterpret_cast<float*>(shared + COLUMN_TILES * kSteps * kTerms * 32 * 8)) {
-        for (int n = lane.warp; n < COLUMN_TILES; n += blockDim.x / 32) {
-            const float inverse = load(row(8 * n + lane.group), n, lane);
+          inverses_(reinterpret_cast<float*>(shared + kTiles * kSteps * kTerms * 32 * 8)) {
+        for (int n = lane.warp; n < kTiles; n += WARPS) {
+            const float inverse = load(row(n / COLUMN_TILES, 8 * (n % COLUMN_TILES) + lane.group), n, lane);
             if (lane.thread == 0) inverses_[8 * n + lane.group] = inverse;
         }
-        ptx::sync_threads();
+        ptx::sync_first<32 * WARPS>();
+        fragments_ += head * COLUMN_TILES * kSteps * kTerms * 32;
+        inverses_ += head * COLUMN_TILES * 8;
     }
 
     // The A fragment of step s of subtile r: 16 rows of K.
@@ -47,9 +51,11 @@ class Query {
         a[0] = low[0], a[1] = high[0], a[2] = low[1], a[3] = high[1];
     }
 
-    // Adds the products of rows of K with all columns; `rows(r, s, a)` gives an A fragment.
-    template <int SUBTILES, class Rows>
+    // Adds the products of rows of K with all columns; `rows(r, s, a)` gives an A fragment. CHAINS: sums that the steps
+    // take turns over, since each waits for the one before it in the same sum.
+    template <int CHAINS, int SUBTILES, class Rows>
     DEVICE void multiply(Rows rows, float (&scores)[SUBTILES][COLUMN_TILES][4]) const {
+        float other[CHAINS][SUBTILES][COLUMN_TILES][4] = {};  // `scores` stands for the first
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
             u32 a[SUBTILES][4];
@@ -61,9 +67,18 @@ class Query {
                 for (int i = 0; i < kTerms; i++) {
                     const uint2 b = fragment(n, s, i);
 #pragma unroll
-                    for (int r = 0; r < SUBTILES; r++) Operand::mma(scores[r][n], a[r], b.x, b.y);
+                    for (int r = 0; r < SUBTILES; r++)
+                        Operand::mma(s % CHAINS ? other[s % CHAINS][r][n] : scores[r][n], a[r], b.x, b.y);
                 }
         }
+#pragma unroll
+        for (int c = 1; c < CHAINS; c++)
+#pragma unroll
+            for (int r = 0; r < SUBTILES; r++)
+#pragma unroll
+                for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) scores[r][n][i] += other[c][r][n][i];
     }
 
     // What the scores of column 2 * thread + c of tile n have to be multiplied with, beside `scale`.

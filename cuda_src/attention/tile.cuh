@@ -16,8 +16,8 @@ struct KTile {
 #pragma unroll
         for (int r = 0; r < SUBTILES; r++) {
             const int row = first + 16 * r + lane.group;
-            Slice::load(low[r], rows.row(range.clamp(row)), lane.thread);
-            Slice::load(high[r], rows.row(range.clamp(row + 8)), lane.thread);
+            Slice::load(low[r], rows.row(row, range), lane.thread);
+            Slice::load(high[r], rows.row(row + 8, range), lane.thread);
         }
     }
 };
@@ -36,7 +36,7 @@ struct VTile {
         for (int r = 0; r < SUBTILES; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                Slice::load(rows_[r][i], rows.row(range.clamp(row_of(first, r, i, lane))), lane.group);
+                Slice::load(rows_[r][i], rows.row(row_of(first, r, i, lane), range), lane.group);
     }
 
     // Zeroes what was loaded in place of rows that `range` does not have.

@@ -41,6 +41,85 @@ DEVICE uint2 load_8(const void* src) {
     return v;
 }
 
+// ---------------------------------------------------------------------------------------------- shared memory
+template <int BYTES>
+DEVICE void load_shared(u32* dst, const u8* src) {
+    static_assert(BYTES == 16 || BYTES == 8 || BYTES == 4 || BYTES == 2, "one load instruction");
+    const u32 address = static_cast<u32>(__cvta_generic_to_shared(src));
+    if constexpr (BYTES == 16) {
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(dst[0]), "=r"(dst[1]), "=r"(dst[2]), "=r"(dst[3])
+                     : "r"(address));
+    } else if constexpr (BYTES == 8) {
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(dst[0]), "=r"(dst[1]) : "r"(address));
+    } else if constexpr (BYTES == 4) {
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(dst[0]) : "r"(address));
+    } else {
+        u16 half;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(address));
+        dst[0] = half;
+    }
+}
+
+// From here to the tensor cores: sm_90 and later.
+//
+// A barrier that counts arrivals and bytes: its phase ends when `arrivals` threads have arrived and the bytes that were
+// announced have been copied. Phases alternate in parity, from 0 on.
+DEVICE void barrier_init(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(barrier))), "r"(arrivals)
+                 : "memory");
+}
+
+// Makes barriers that this thread has initialised known to the copy engine.
+DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
+                 :
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(barrier)))
+                 : "memory");
+}
+
+// Arrives, and announces bytes that this phase waits for.
+DEVICE void barrier_arrive_expecting(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(barrier))), "r"(bytes)
+                 : "memory");
+}
+
+// Waits for the end of the phase of this parity.
+DEVICE void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n\t"
+        ".reg .pred done;\n\t"
+        "again:\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+        "@!done bra again;\n\t"
+        "}"
+        :
+        : "r"(static_cast<u32>(__cvta_generic_to_shared(barrier))), "r"(parity)
+        : "memory");
+}
+
+DEVICE void prefetch_tensor_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
+}
+
+// Has the copy engine (TMA) bring the box of `map` at these coordinates, innermost first, into shared memory at `dst`,
+// and count its bytes at `barrier`. Elements outside the array come as zeros.
+DEVICE void copy_box(u8* dst, const TensorMap* map, int c0, int c1, int c2, int c3, int c4, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3, %4, %5, %6}], [%7];"
+        :
+        : "r"(static_cast<u32>(__cvta_generic_to_shared(dst))), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+          "r"(static_cast<u32>(__cvta_generic_to_shared(barrier)))
+        : "memory");
+}
+
 // ---------------------------------------------------------------------------------------------- tensor cores
 // c[16 x 8] += a[16 x 16] * b[16 x 8], accumulated in fp32.
 DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -144,6 +223,11 @@ DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE void sync_threads() { __syncthreads(); }
+// The first COUNT threads of the CTA meet: whole warps, the others do not take part.
+template <int COUNT>
+DEVICE void sync_first() {
+    asm volatile("barrier.sync 1, %0;" : : "n"(COUNT) : "memory");
+}
 DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE void atomic_max(u32* address, u32 value) { atomicMax(address, value); }

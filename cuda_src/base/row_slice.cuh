@@ -34,14 +34,18 @@ struct RowSlice {
     // Where a lane's share begins in the row. Rows are handed to `load` from there, so that no load adds it again.
     static DEVICE int begin(int lane) { return lane * load_width(0); }
 
-    static DEVICE void load(u32 (&words)[kWords], const u8* share, int lane) { load_from<0>(words, share, lane); }
+    // `share`: where a lane's share begins; it gives `load<BYTES>(dst, offset)`.
+    template <class Share>
+    static DEVICE void load(u32 (&words)[kWords], const Share& share, int lane) {
+        load_from<0>(words, share, lane);
+    }
 
   private:
-    template <int START>
-    static DEVICE void load_from(u32 (&words)[kWords], const u8* share, int lane) {
+    template <int START, class Share>
+    static DEVICE void load_from(u32 (&words)[kWords], const Share& share, int lane) {
         if constexpr (START < kBytes) {
             constexpr int width = load_width(START);
-            ptx::load_once<width>(&words[START / 4], share + LANES * START + lane * (width - load_width(0)));
+            share.template load<width>(&words[START / 4], LANES * START + lane * (width - load_width(0)));
             load_from<START + width>(words, share, lane);
         }
     }

@@ -7,6 +7,11 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
 
+// What the driver's cuTensorMapEncodeTiled makes of an array: the copy engine's description of it.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
 #define DEVICE __device__ __forceinline__
 
 // How a warp looks at the fragments of mma.m16n8k16: lane = 4 * group + thread (PTX ISA, "Matrix fragments").

@@ -1,16 +1,29 @@
 // Padded caches: request b owns rows [0, kv_lens[b]) of the block [b, :, :, :].
 #pragma once
 #include "base/types.cuh"
+#include "mask.cuh"
 #include "params.cuh"
 
 // Where the rows of one request and head lie.
+struct GlobalRow {
+    const u8* first;
+
+    template <int BYTES>
+    DEVICE void load(u32* dst, int offset) const {
+        ptx::load_once<BYTES>(dst, first + offset);
+    }
+};
+
 struct StridedRows {
     const u8* first;
     int stride;
 
     // The same rows, each from its byte `offset` on.
     DEVICE StridedRows from(int offset) const { return {first + offset, stride}; }
-    DEVICE const u8* row(int index) const { return first + static_cast<i64>(index) * stride; }
+    // Row `index`, or in place of one past the range a row of it: nothing beyond is read.
+    DEVICE GlobalRow row(int index, const RowRange& range) const {
+        return {first + static_cast<i64>(range.clamp(index)) * stride};
+    }
 };
 
 struct PaddedLayout {

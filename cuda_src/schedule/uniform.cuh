@@ -2,10 +2,10 @@
 #pragma once
 #include "params.cuh"
 
-// One CTA's share: some query heads of one cache head, over one part of the rows of one request.
+// One CTA's share: some query heads of one team of cache heads, over one part of the rows of one request.
 struct Work {
     int request;
-    int kv_head;
+    int head_team;
     int column_block;
     int split;
 };
@@ -17,10 +17,10 @@ struct UniformSchedule {
         Work w;
         const int columns = p.column_blocks.quotient(index);
         w.column_block = p.column_blocks.remainder(index, columns);
-        const int heads = p.num_kv_heads.quotient(columns);
-        w.kv_head = p.num_kv_heads.remainder(columns, heads);
-        w.request = p.splits.quotient(heads);
-        w.split = p.splits.remainder(heads, w.request);
+        const int teams = p.head_teams.quotient(columns);
+        w.head_team = p.head_teams.remainder(columns, teams);
+        w.request = p.splits.quotient(teams);
+        w.split = p.splits.remainder(teams, w.request);
         return w;
     }
 };

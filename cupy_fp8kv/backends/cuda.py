@@ -8,11 +8,14 @@ from ..jit.device import device_info, ensure_context, on_device, require_cupy
 from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec
+from ..jit.tensor_map import TensorMaps
 from ..plan import Plan, plan_decode
 from ..problem import DecodeProblem
 
 #: Fields of DecodeParams that change from call to call.
 _DECODE_LEADING = 18
+#: Where K stands among the values of a call; V follows.
+_K_VALUE = 4
 #: Fields of QuantizeParams likewise.
 _QUANTIZE_LEADING = 4
 
@@ -35,13 +38,16 @@ class PreparedDecode:
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
+            num_kv_heads=problem.num_kv_heads,
             **divisors(
-                num_kv_heads=problem.num_kv_heads, column_blocks=plan.column_blocks, splits=plan.splits,
+                head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
+                splits=plan.splits,
             ),
         )  # fmt: skip
         # With a merge behind it, a call may start while the merge of the call before it runs.
         split = plan.splits > 1
         self._params = params
+        self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
         self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=split)
         if split:
             merge = compiler.load(MergeSpec(problem.q_format), device)
@@ -63,15 +69,20 @@ class PreparedDecode:
         stream, params = library.stream(self.device), self._params
         if plan.splits == 1:
             with params.lock:
-                params.write(0, 0, *values)
+                self._write(0, 0, values)
                 self._decode(stream)
             return
         # What the workspace's owner frees when this returns is freed in the order of the stream.
         _workspace, partial_out = library.workspace(plan.workspace, self.device, stream)
         with params.lock:
-            params.write(partial_out, partial_out + plan.workspace_out, *values)
+            self._write(partial_out, partial_out + plan.workspace_out, values)
             self._decode(stream)
             self._merge(stream)
+
+    def _write(self, partial_out: int, partial_state: int, values: tuple[int | float, ...]) -> None:
+        self._params.write(partial_out, partial_state, *values)
+        if self._tensor_maps:
+            self._tensor_maps.write(int(values[_K_VALUE]), int(values[_K_VALUE + 1]), self._params.tensor_maps)
 
 
 class RowAxes:

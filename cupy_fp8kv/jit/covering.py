@@ -65,7 +65,7 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def _pairwise_decode(arch: int) -> list[DecodeSpec]:
     factors: dict[str, Sequence[Any]] = {
         "head_dim": _HEAD_DIMS, "k": tuple(KV_FORMATS), "v": tuple(KV_FORMATS),
-        "cta_shape": range(len(plan.specs(_problem("f16", "e4m3", "e4m3", 128, 1)))),
+        "cta_shape": range(len(plan.specs(_problem("f16", "e4m3", "e4m3", 128, 1), arch))),
         "q": _Q_FORMATS, "column_tiles": tuple(_GROUPS), "soft_cap": (False, True),
         "software_fp8": (False, True),
     }  # fmt: skip
@@ -74,16 +74,16 @@ def _pairwise_decode(arch: int) -> list[DecodeSpec]:
     for index, row in enumerate(pairwise(factors)):
         groups = _GROUPS[row["column_tiles"]]
         problem = _problem(row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"])
-        shapes = plan.specs(problem)
+        shapes = plan.specs(problem, arch)
         found.append(replace(shapes[row["cta_shape"] % len(shapes)], software_fp8=row["software_fp8"] and hardware))
     return found
 
 
-def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int]) -> list[DecodeSpec]:
+def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arch: int) -> list[DecodeSpec]:
     """Every CTA shape of every combination."""
     found = []
     for (k, v), q, head_dim, groups in itertools.product(pairs, _Q_FORMATS, head_dims, _GROUPS.values()):
-        found += plan.specs(_problem(q, k, v, head_dim, groups[-1]))
+        found += plan.specs(_problem(q, k, v, head_dim, groups[-1]), arch)
     return found
 
 
@@ -95,19 +95,19 @@ def _others() -> list[Spec]:
 def covering_specs(arch: int) -> list[Spec]:
     """Every common specialisation, and for the rest each two properties together at least once."""
     same = [(name, name) for name in KV_FORMATS]
-    return list(dict.fromkeys([*_full_decode(same, _COMMON_HEAD_DIMS), *_pairwise_decode(arch), *_others()]))
+    return list(dict.fromkeys([*_full_decode(same, _COMMON_HEAD_DIMS, arch), *_pairwise_decode(arch), *_others()]))
 
 
 def all_formats_specs(arch: int) -> list[Spec]:
-    """Every pair of formats of K and V at the common head dimensions, whatever the architecture."""
+    """Every pair of formats of K and V at the common head dimensions."""
     pairs = itertools.product(KV_FORMATS, KV_FORMATS)
-    return list(dict.fromkeys([*_full_decode(pairs, _COMMON_HEAD_DIMS), *_others()]))
+    return list(dict.fromkeys([*_full_decode(pairs, _COMMON_HEAD_DIMS, arch), *_others()]))
 
 
 def all_head_dims_specs(arch: int) -> list[Spec]:
-    """Every head dimension, K and V in the same format, whatever the architecture."""
+    """Every head dimension, K and V in the same format."""
     same = [(name, name) for name in KV_FORMATS]
-    return list(dict.fromkeys([*_full_decode(same, _HEAD_DIMS), *_others()]))
+    return list(dict.fromkeys([*_full_decode(same, _HEAD_DIMS, arch), *_others()]))
 
 
 #: Sets by the name that the command line knows them by.

@@ -36,7 +36,7 @@ def launch_kernel() -> Any:
 
 
 @functools.cache
-def _driver_function(name: str, arguments: int) -> Any:
+def driver_function(name: str, arguments: int) -> Any:
     """A function of the driver that CuPy does not bind, or None with a driver that lacks it."""
     try:
         function = getattr(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), name)
@@ -49,7 +49,7 @@ def _driver_function(name: str, arguments: int) -> Any:
 def capture_id(stream: int) -> int:
     """The number of the capture that ``stream`` takes part in; each capture of a process has its own."""
     status, number = ctypes.c_int(0), ctypes.c_ulonglong(0)
-    get_info = _driver_function("cuStreamGetCaptureInfo_v2", 6)
+    get_info = driver_function("cuStreamGetCaptureInfo_v2", 6)
     error = 1
     if get_info is not None:
         error = get_info(stream, ctypes.addressof(status), ctypes.addressof(number), None, None, None)
@@ -73,7 +73,7 @@ class Launch:
         self._spec = kernel.spec
         self._launch = launch_kernel()
         early = dependent and device_info(kernel.device).arch >= 90
-        self._launch_ex = _driver_function("cuLaunchKernelEx", 4) if early else None
+        self._launch_ex = driver_function("cuLaunchKernelEx", 4) if early else None
         # Function, grid, block, shared memory: what comes before the stream in a launch.
         self._arguments = (kernel.handle, grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)

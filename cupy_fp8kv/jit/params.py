@@ -10,7 +10,9 @@ from typing import Any
 
 from . import sources
 
-_CODES = {"i64": "q", "int": "i", "float": "f"}
+_CODES = {"i64": "q", "int": "i", "float": "f", "TensorMap": "128s"}
+#: Bytes of a TensorMap, and what its address is a multiple of twice over.
+TENSOR_MAP_BYTES = 128
 #: base/divide.cuh: what a field ``name`` of type Divisor consists of.
 _DIVISOR = (("", "i"), ("_multiplier", "I"), ("_shift", "i"))
 _STRUCT = re.compile(r"struct (\w+) \{(.*?)\n\};", re.S)
@@ -45,25 +47,32 @@ STRUCTS = _declared_structs()
 class ParamBlock:
     """The memory that a launch hands to a kernel: a packed struct, and the array of its one address.
 
-    ``leading`` is the number of fields that change from call to call; they stand first, so that ``write`` is one pack.
+    ``leading`` is the number of fields that change from call to call; they stand first, behind any tensor maps, so that
+    ``write`` is one pack. ``tensor_maps`` are the addresses to write maps to.
     Hold ``lock`` from ``write`` until the launch has returned: the driver copies the block during the launch.
     """
 
     def __init__(self, name: str, leading: int, **fixed: int | float):
-        fields = STRUCTS[name]
+        maps = sum(code == _CODES["TensorMap"] for _, code in STRUCTS[name])
+        fields = STRUCTS[name][maps:]
         missing = [field for field, _ in fields[leading:] if field not in fixed]
         if missing or len(fixed) != len(fields) - leading:
             raise AssertionError(f"{name}: fields after the first {leading} do not match; missing {missing}")
         whole = struct.Struct("@" + "".join(code for _, code in fields))
         head = struct.Struct("@" + "".join(code for _, code in fields[:leading]))
-        # A launch copies sizeof(struct) bytes: padded at the end to the alignment of its pointers.
-        self._buffer = ctypes.create_string_buffer(-(-whole.size // 8) * 8)
+        # A launch copies sizeof(struct) bytes: padded at the end to the alignment of its maps or pointers.
+        alignment = 64 if maps else 8
+        self._start = maps * TENSOR_MAP_BYTES
+        size = -(-(self._start + whole.size) // alignment) * alignment
+        self._buffer = ctypes.create_string_buffer(size)
         values: list[Any] = [0] * leading + [fixed[field] for field, _ in fields[leading:]]
-        whole.pack_into(self._buffer, 0, *values)
-        self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
+        whole.pack_into(self._buffer, self._start, *values)
+        address = ctypes.addressof(self._buffer)
+        self.tensor_maps = tuple(address + TENSOR_MAP_BYTES * i for i in range(maps))
+        self._argument = (ctypes.c_void_p * 1)(address)
         self.address = ctypes.addressof(self._argument)
         self._pack_into = head.pack_into
         self.lock = threading.Lock()
 
     def write(self, *values: int | float) -> None:
-        self._pack_into(self._buffer, 0, *values)
+        self._pack_into(self._buffer, self._start, *values)

@@ -31,8 +31,10 @@ class DecodeSpec:
     head_dim: int
     column_tiles: int
     subtiles: int
-    warps: int
+    warps: int  # that work on rows; a ring has one more, which fills it
     ctas_per_sm: int
+    heads: int = 1  # neighbouring cache heads that a CTA works on
+    stages: int = 0  # of the ring of tiles in shared memory; 0: rows go straight to registers
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
@@ -62,13 +64,15 @@ class DecodeSpec:
     @property
     def ahead(self) -> int:
         """How early the next tile is asked for: the earliest that compiles without a spill, or -1 if none does."""
+        if self.stages:
+            return 0
         return next((i for i in (2, 1, 0) if self.fragment_registers[i] <= self._most_registers[i]), -1)
 
     @property
     def _most_registers(self) -> tuple[int, int, int]:
         # Measured with NVRTC 12.9 over sm_80 to sm_120. K of two bytes is not converted, so it stays in its registers
         # until the products are done: asking for more of it right after them spills early.
-        return 190, 222 if KV_FORMATS[self.k].is_fp8 else 0, 236
+        return 190, 222 if KV_FORMATS[self.k].is_fp8 else 0, 232
 
     @property
     def tile_rows(self) -> int:
@@ -76,19 +80,37 @@ class DecodeSpec:
 
     @property
     def threads(self) -> int:
-        return 32 * self.warps
+        return 32 * (self.warps + bool(self.stages))
+
+    @property
+    def turn_rows(self) -> int:
+        """Rows that the warps of a CTA take together."""
+        return self.warps // self.heads * self.tile_rows
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of one stage of a ring: a box of K and one of V, see attention/ring.cuh."""
+        rows = self.heads * self.turn_rows
+        boxes = (rows * self.head_dim * KV_FORMATS[name].itemsize for name in (self.k, self.v))
+        return sum(-(-box // 1024) * 1024 for box in boxes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of K and one of V."""
+        return self.head_dim * sum(KV_FORMATS[name].itemsize for name in (self.k, self.v))
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA; the kernel asserts that it comes to the same figure."""
         steps = self.head_dim // 16
-        query = self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4)
+        query = self.heads * self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4)
         states = self.warps * self.column_tiles * 8 * 8
         # combine.cuh: one tile of columns at a time where all do not fit.
         tile = self.warps * 8 * (16 * min(steps, 8) + 4) * 4
         most = 72_000 if self.ctas_per_sm == 1 else 64_000 // self.ctas_per_sm
         tiles = self.column_tiles if self.column_tiles * tile <= most else 1
-        return query + states + tiles * tile
+        ring = self.stages * (self.stage_bytes + 4 * 8)
+        return query + ring + states + tiles * tile
 
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
@@ -100,7 +122,7 @@ class DecodeSpec:
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
-            kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
+            kHeads=self.heads, kStages=self.stages, kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
             kSoftCap=self.soft_cap, kSharedBytes=self.shared_bytes,
         )  # fmt: skip
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")
@@ -108,9 +130,10 @@ class DecodeSpec:
     def __str__(self) -> str:
         flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))
         position = "" if self.position == "NONE" else f" {self.position}"
+        ring = f" heads={self.heads} stages={self.stages}" if self.stages else ""
         return (
             f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
-            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{position}{flags}]"
+            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{ring}{position}{flags}]"
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from cases import Case
 from emulator.checks import SPLIT, TAIL, move, run
+from rings import take_ring
 
 import cupy_fp8kv
 from cupy_fp8kv.backends import cuda, reference
@@ -31,6 +32,7 @@ SCALED = dataclasses.replace(TAIL, scales="head")
 LONG = dataclasses.replace(TAIL, kv_len=900, lens=(900, 500), sharpness=20.0)
 NATURAL = dataclasses.replace(TAIL, lse_base="e")
 WIDE = dataclasses.replace(TAIL, head_dim=256)
+RINGED = dataclasses.replace(TAIL, kv_len=700, batch=1, lens=(690,), view="contiguous", seed=7)
 NARROW_SPLIT = dataclasses.replace(SPLIT, head_dim=16)
 
 
@@ -63,6 +65,13 @@ def narrowed(plan):
     )  # fmt: skip
 
 
+def ring(machine):
+    """Two heads through a ring, and several times round it."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_ring(patch, RINGED, emulator.HOPPER)
+        run(machine, RINGED)
+
+
 @dataclass(frozen=True)
 class Bug:
     """``right`` of ``file`` becomes ``wrong``; ``check`` is a case or a function that must then fail in ``modes``."""
@@ -81,7 +90,10 @@ class Bug:
 
 BUGS = [
     # Wrong results
-    Bug("splits overlap", (PLAIN,), "decode.cu", "p.splits.value * kWarps * kTileRows", "kWarps * kTileRows", SPLIT),
+    Bug(
+        "splits overlap", (PLAIN,), "decode.cu", "p.splits.value * kTurnRows;\n    const int row_in_turn",
+        "kTurnRows;\n    const int row_in_turn", SPLIT,
+    ),
     Bug("a row too many", (PLAIN,), "mask.cuh", "return row < end;", "return row <= end;"),
     Bug("a window one short", (PLAIN,), "mask.cuh", "kv_len - 1 - window_left;", "kv_len - window_left;", WINDOWED),
     Bug(
@@ -103,8 +115,9 @@ BUGS = [
         "states_read[i].sum;", SPLIT,
     ),
     Bug(
-        "the wrong query heads", (PLAIN,), "decode.cu", "work.kv_head * p.group_size + first_column",
-        "work.kv_head + first_column",
+        "the wrong query heads", (PLAIN,), "decode.cu",
+        "(work.head_team * kHeads + head) * p.group_size + first_column",
+        "(work.head_team * kHeads + head) + first_column",
     ),
     Bug("the wrong cache head", (PLAIN,), "layout/padded.cuh", "head * p.v_stride_head", "0 * p.v_stride_head"),
     Bug(
@@ -166,9 +179,7 @@ BUGS = [
         "used_columns = min_of(kColumns, p.group_size - first_column);", "used_columns = kColumns;",
     ),
     Bug(
-        "shared memory past its end", (ADDRESS,), "attention/combine.cuh",
-        "piece + (w * 8 * kPieceColumns + column) * kColumnStride + 2 * at",
-        "piece + ((w + 1) * 8 * kPieceColumns + column) * kColumnStride + 2 * at",
+        "shared memory past its end", (ADDRESS,), "attention/query.cuh", "* kTerms + i) * 32]", "* kTerms + i) * 33]",
     ),
     Bug(
         "a static shared array too small", (ADDRESS,), "merge.cu", "kMostParts = kThreads / 4;",
@@ -198,21 +209,51 @@ BUGS = [
         "        const RowIndex index = RowIndex::of(p, row);\n        const float4 x",
         quantize("token"), "use-after-poison",
     ),
+    # The ring
+    Bug(
+        "a box that is not waited for", (PLAIN, THREAD), "attention/ring.cuh",
+        "        ptx::barrier_wait(barrier(kFilled, which, turn.stage), turn.parity);\n", "", ring,
+    ),
+    Bug(
+        "a box filled without waiting", (PLAIN,), "attention/ring.cuh", "if (!first) ptx::barrier_wait",
+        "if (false) ptx::barrier_wait", ring, "more arrivals at a barrier than it counts",
+    ),
+    Bug(
+        "a box filled while a warp reads it", (THREAD,), "attention/ring.cuh", "barrier(kFree, kK, s), WARPS",
+        "barrier(kFree, kK, s), WARPS - 1", ring,
+    ),
+    Bug(
+        "a warp that never comes", (PLAIN,), "attention/ring.cuh", "barrier(kFree, kV, s), WARPS",
+        "barrier(kFree, kV, s), WARPS + 1", ring, "deadlock",
+    ),
+    Bug(
+        "bytes that never come", (PLAIN,), "attention/ring.cuh", "(filled, Box::kBytes)", "(filled, Box::kBytes + 16)",
+        ring, "deadlock",
+    ),
+    Bug(
+        "chunks exchanged otherwise", (PLAIN,), "attention/ring.cuh", "kPieceBytes == 128 ? 7",
+        "kPieceBytes == 128 ? 3", ring,
+    ),
+    Bug("the neighbour's rows", (PLAIN,), "attention/ring.cuh", "head * ROW_BYTES + begin", "begin", ring),
+    Bug("a stage too many", (PLAIN,), "attention/ring.cuh", "++stage == STAGES", "++stage > STAGES", ring),
     # Races
     Bug(
         "no barrier before combining", (PLAIN, THREAD), "attention/combine.cuh",
-        "                ptx::sync_threads();\n                for (int task", "                for (int task",
+        "                ptx::sync_first<32 * WARPS>();\n                for (int task",
+        "                for (int task",
     ),
     Bug(
-        "no barrier after storing q", (PLAIN, THREAD), "attention/query.cuh", "        ptx::sync_threads();\n", "",
+        "no barrier after storing q", (PLAIN, THREAD), "attention/query.cuh",
+        "        ptx::sync_first<32 * WARPS>();\n", "",
     ),
     Bug(
-        "a warp's barrier for the CTA's", (THREAD,), "attention/query.cuh", "        ptx::sync_threads();\n",
+        "a warp's barrier for the CTA's", (THREAD,), "attention/query.cuh",
+        "        ptx::sync_first<32 * WARPS>();\n",
         "        ptx::sync_warp();\n",
     ),
     Bug(
         "no barrier between pieces", (THREAD,), "attention/combine.cuh",
-        "if (first_tile || begin) ptx::sync_threads();", "", WIDE,
+        "if (first_tile || begin) ptx::sync_first<32 * WARPS>();", "", WIDE,
     ),
     Bug("no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n", "", SPLIT),
     Bug(
@@ -220,8 +261,8 @@ BUGS = [
     ),
     Bug("one state from several lanes", (THREAD,), "attention/combine.cuh", "if (lane.group == 0)\n", "if (true)\n"),
     Bug(
-        "results stored twice", (THREAD,), "attention/combine.cuh", "task < width * 8 * tiles; task += 32 * WARPS",
-        "task < width * 8 * tiles; task += 16 * WARPS", dataclasses.replace(TAIL, group=8),
+        "results stored twice", (THREAD,), "attention/combine.cuh", "width * 8 * tiles; task += 32 * WARPS",
+        "width * 8 * tiles; task += 16 * WARPS", dataclasses.replace(TAIL, group=8),
     ),
     Bug(
         "splits that store to one place", (PLAIN, THREAD), "decode.cu", "row_of_out * p.splits.value + work.split",
@@ -259,7 +300,7 @@ def test_planted_bugs_are_noticed(tmp_path, monkeypatch, machine, bug):
         assert "AddressSanitizer" in said or "runtime error" in said
 
 
-@pytest.mark.parametrize("check", {bug.check for bug in BUGS}, ids=lambda check: str(check)[:80])
+@pytest.mark.parametrize("check", dict.fromkeys(bug.check for bug in BUGS), ids=lambda check: str(check)[:80])
 def test_checks_of_planted_bugs_pass_without_them(emulate, check):
     run(emulate, check) if isinstance(check, Case) else check(emulate)
 

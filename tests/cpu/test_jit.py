@@ -16,7 +16,7 @@ import cupy_fp8kv
 from cupy_fp8kv.backends import cuda
 from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
 from cupy_fp8kv.jit import compiler, params, sources
-from cupy_fp8kv.jit.params import STRUCTS, ParamBlock, divisors
+from cupy_fp8kv.jit.params import STRUCTS, TENSOR_MAP_BYTES, ParamBlock, divisors
 from cupy_fp8kv.jit.spec import DecodeSpec, MergeSpec, QuantizeSpec
 from cupy_fp8kv.plan import specs
 from cupy_fp8kv.problem import DecodeProblem
@@ -101,7 +101,7 @@ def every_spec():
     for q, k, v, group, soft_cap, head_dim in itertools.product(
         ("f16", "bf16"), KV_FORMATS, KV_FORMATS, (1, 12), (False, True), (16, 64, 80, 128, 256)
     ):
-        found += specs(DecodeProblem(1, 1, group, 1, head_dim, q, k, v, (0, 0), (0,) * 3, (0,) * 3, soft_cap))
+        found += specs(DecodeProblem(1, 1, group, 1, head_dim, q, k, v, (0, 0), (0,) * 3, (0,) * 3, soft_cap), 90)
     found = list(dict.fromkeys(found))  # a group of 12 may be two blocks of 8 columns
     found += [dataclasses.replace(spec, software_fp8=True) for spec in found[:100]]
     found += [MergeSpec("f16"), MergeSpec("bf16")]
@@ -157,10 +157,11 @@ C_TYPES = {
 def c_struct(name):
     """The struct as ctypes lays it out, which is as a C compiler does; read here, not by params.py."""
     body = re.search(rf"struct {name} \{{(.*?)\n\}};", sources.FILES["params.cuh"], re.S)[1]
-    fields = []
+    maps = len(re.findall(r"^    TensorMap \w+;", body, re.M))
+    fields = [("maps", ctypes.c_char * (TENSOR_MAP_BYTES * maps))] if maps else []
     for line in body.splitlines():
         declared = line.split("//")[0].strip()
-        if not declared:
+        if not declared or declared.startswith("TensorMap"):
             continue
         kind, star, field = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+);", declared).groups()
         fields.append((field, ctypes.c_void_p if star else C_TYPES.get(kind) or c_nested(kind)))
@@ -183,12 +184,13 @@ def flattened(struct, base=0):
             for (inner, offset, inner_kind), (first, _) in zip(flattened(kind, at), kind._fields_, strict=True):
                 yield (field if inner == kind._fields_[0][0] else f"{field}_{inner}"), offset, inner_kind
                 assert first == inner
-        else:
+        elif field != "maps":
             yield field, at, kind
 
 
 #: Fields that change from call to call; of other blocks, all.
-LEADING = {name: len(fields) for name, fields in STRUCTS.items()} | {
+PLAIN = {name: [field for field in fields if field[1] != "128s"] for name, fields in STRUCTS.items()}
+LEADING = {name: len(fields) for name, fields in PLAIN.items()} | {
     "DecodeParams": cuda._DECODE_LEADING, "QuantizeParams": cuda._QUANTIZE_LEADING,
 }  # fmt: skip
 CODES = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_uint32: "I", ctypes.c_float: "f"}
@@ -196,7 +198,7 @@ CODES = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.
 
 def numbered(name):
     """A block whose fields hold 1, 2, 3 …, and its bytes."""
-    fields = [field for field, _ in STRUCTS[name]]
+    fields = [field for field, _ in PLAIN[name]]
     leading = LEADING[name]
     block = ParamBlock(name, leading, **{field: i for i, field in enumerate(fields[leading:], leading + 1)})
     block.write(*range(1, leading + 1))
@@ -213,7 +215,7 @@ def test_every_struct_is_read():
 def test_blocks_are_laid_out_as_a_compiler_does(name):
     struct = c_struct(name)
     layout = list(flattened(struct))
-    assert [(field, CODES[kind]) for field, _, kind in layout] == STRUCTS[name]
+    assert [(field, CODES[kind]) for field, _, kind in layout] == PLAIN[name]
     fields, address, block = numbered(name)
     assert len(block._buffer) >= ctypes.sizeof(struct), "a launch would copy what lies behind the block"
     for value, (field, offset, kind) in enumerate(layout, 1):
@@ -250,7 +252,16 @@ def test_what_leads_is_what_a_call_writes():
     """The first field that a plan fixes is where params.cuh says so."""
     body = re.search(r"struct DecodeParams \{(.*?)\n\};", sources.FILES["params.cuh"], re.S)[1]
     before = body.partition("What a plan fixes")[0]
-    assert len(re.findall(r"^    [\w ]+\*? \w+;", before, re.M)) == LEADING["DecodeParams"]
+    declared = re.findall(r"^    (?!TensorMap)[\w ]+\*? \w+;", before, re.M)
+    assert len(declared) == LEADING["DecodeParams"]
+
+
+def test_tensor_maps_come_first_and_the_block_ends_where_the_struct_does():
+    """alignas(64): the size of the struct, which a launch copies, is a multiple of that."""
+    struct, (_, address, block) = c_struct("DecodeParams"), numbered("DecodeParams")
+    assert block.tensor_maps == (address, address + TENSOR_MAP_BYTES)
+    assert len(block._buffer) == -(-ctypes.sizeof(struct) // 64) * 64
+    assert ParamBlock("ReadParams", len(PLAIN["ReadParams"])).tensor_maps == ()
 
 
 @pytest.mark.parametrize("value", [1, 2, 3, 5, 7, 8, 12, 127, 128, 129, 1000, 65535, 65537, 2**20, 2**30, 2**31 - 1])
@@ -279,7 +290,7 @@ def nvrtc():
 def test_a_decode_kernel_compiles_without_spills(nvrtc, arch):
     assert arch in compiler.ARCHITECTURES
     problem = DecodeProblem(1, 1, 8, 1, 128, "f16", "e4m3", "e4m3", (0, 0), (0,) * 3, (0,) * 3)
-    spec = specs(problem)[0]
+    spec = specs(problem, 90)[0]
     report = compiler.compile_offline(spec, arch)
     assert not report.error and report.spec == spec and report.arch == arch
     assert report.spill_bytes == 0 and report.stack_bytes == 0

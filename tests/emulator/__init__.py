@@ -23,7 +23,7 @@ import numpy as np
 
 from cupy_fp8kv import arrays, dispatch
 from cupy_fp8kv.backends import cuda
-from cupy_fp8kv.jit import compiler, launch, sources
+from cupy_fp8kv.jit import compiler, launch, sources, tensor_map
 from cupy_fp8kv.jit import device as jit_device
 from cupy_fp8kv.plan import DeviceInfo
 
@@ -32,6 +32,10 @@ from . import toolchain
 HERE = Path(__file__).parent
 #: Few SMs, so that small problems take several waves, and a few rows are split.
 DEVICE = DeviceInfo("emulated", arch=89, sm_count=6, shared_per_block=101376)
+
+
+#: One with a copy engine and shared memory for a ring. Which launch it allows is not the point: they stay plain.
+HOPPER = DeviceInfo("emulated", arch=90, sm_count=6, shared_per_block=232448)
 
 
 class EmulatedArray(np.ndarray):
@@ -108,6 +112,31 @@ class _Runtime:
 
     def streamIsCapturing(self, stream: int) -> bool:  # noqa: N802
         return False
+
+
+class _BoxMap(ctypes.Structure):
+    """BoxMap of runtime.cpp."""
+
+    _fields_ = (
+        ("address", ctypes.c_ulonglong), ("strides", ctypes.c_ulonglong * 4), ("sizes", ctypes.c_uint * 5),
+        ("box", ctypes.c_uint * 5), ("swizzle_bytes", ctypes.c_uint),
+    )  # fmt: skip
+
+
+def _encode_tiled(
+    to: int, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
+) -> None:
+    """In the place of tensor_map.encode_tiled."""
+    assert to % 64 == 0 and address % 16 == 0 and not any(stride % 16 for stride in strides)
+    assert all(1 <= size <= 256 for size in box) and all(sizes)
+    lengths = {number: length for length, number in tensor_map.SWIZZLES.items()}
+    swizzle_bytes = lengths[swizzle] if swizzle else 0
+    assert not swizzle or 4 * box[0] <= swizzle_bytes
+    made = _BoxMap(
+        address, (ctypes.c_ulonglong * 4)(*strides), (ctypes.c_uint * 5)(*sizes), (ctypes.c_uint * 5)(*box),
+        swizzle_bytes,
+    )  # fmt: skip
+    ctypes.memmove(to, ctypes.addressof(made), ctypes.sizeof(made))
 
 
 class _Watched(ctypes.Structure):
@@ -237,6 +266,7 @@ class Emulator:
             patch.setattr(launch, "launch_kernel", lambda: self.launch_kernel)
             patch.setattr(launch, "device_info", lambda index: DEVICE)
             patch.setattr(cuda, "device_info", lambda index: DEVICE)
+            patch.setattr(tensor_map, "encode_tiled", _encode_tiled)
             for module in (cuda, jit_device):
                 patch.setattr(module, "require_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
             for module in (dispatch, importlib.import_module("cupy_fp8kv.quantize")):

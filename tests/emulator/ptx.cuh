@@ -28,6 +28,27 @@ DEVICE uint2 load_8(const void* src, CALL_SITE) {
     return v;
 }
 
+// ---------------------------------------------------------------------------------------------- shared memory
+template <int BYTES>
+DEVICE void load_shared(u32* dst, const u8* src, CALL_SITE) {
+    static_assert(BYTES == 16 || BYTES == 8 || BYTES == 4 || BYTES == 2, "one load instruction");
+    if (reinterpret_cast<u64>(src) % BYTES) emulator::fail("a misaligned read of shared memory", at);
+    dst[0] = 0;
+    memcpy(dst, src, BYTES);
+}
+
+DEVICE void barrier_init(u64* barrier, int arrivals, CALL_SITE) { emulator::barrier_init(barrier, arrivals, at); }
+DEVICE void barrier_init_done() {}
+DEVICE void barrier_arrive(u64* barrier, CALL_SITE) { emulator::barrier_arrive(barrier, 0, at); }
+DEVICE void barrier_arrive_expecting(u64* barrier, int bytes, CALL_SITE) {
+    emulator::barrier_arrive(barrier, bytes, at);
+}
+DEVICE void barrier_wait(u64* barrier, u32 parity, CALL_SITE) { emulator::barrier_wait(barrier, parity, at); }
+DEVICE void prefetch_tensor_map(const TensorMap*) {}
+DEVICE void copy_box(u8* dst, const TensorMap* map, int c0, int c1, int c2, int c3, int c4, u64* barrier, CALL_SITE) {
+    emulator::copy_box(dst, map, {c0, c1, c2, c3, c4}, barrier, at);
+}
+
 // ---------------------------------------------------------------------------------------------- tensor cores
 DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, CALL_SITE) {
     emulator::mma_f16(c, a, b0, b1, at);
@@ -90,6 +111,10 @@ DEVICE float shuffle_xor(float x, int mask, CALL_SITE) {
     return shuffle(x, static_cast<int>(threadIdx.x % 32) ^ mask, at);
 }
 DEVICE void sync_threads(CALL_SITE) { emulator::sync_threads(at); }
+template <int COUNT>
+DEVICE void sync_first(CALL_SITE) {
+    emulator::sync_first(COUNT, at);
+}
 DEVICE void sync_warp(CALL_SITE) { emulator::sync_warp(at); }
 
 DEVICE void atomic_max(u32* address, u32 value) {

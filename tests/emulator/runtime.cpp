@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -33,13 +34,14 @@ OPTIONAL void __tsan_destroy_fiber(void*);
 OPTIONAL void __tsan_switch_to_fiber(void*, unsigned);
 OPTIONAL void __tsan_acquire(void*);
 OPTIONAL void __tsan_release(void*);
+OPTIONAL void __tsan_write_range(void*, unsigned long);
 #undef OPTIONAL
 }
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 constexpr size_t kMostSharedBytes = 228 * 1024;
-thread_local __attribute__((aligned(128))) unsigned char shared[kMostSharedBytes];
+thread_local __attribute__((aligned(1024))) unsigned char shared[kMostSharedBytes];
 
 namespace emulator {
 namespace {
@@ -95,6 +97,30 @@ struct Warp : Point {
     int alive = 32;
 };
 
+// What tests/emulator/__init__.py makes of an array, in place of the driver's tensor map. Innermost axis first.
+struct BoxMap {
+    unsigned char* address;
+    unsigned long long strides[4];  // of the axes from the second on
+    unsigned sizes[5], box[5];      // in words of four bytes, on the first axis
+    unsigned swizzle_bytes;         // length of the lines whose 16-byte chunks are exchanged, or 0
+};
+
+struct Copy {
+    unsigned char* dst;
+    const BoxMap* map;
+    int first[5];
+};
+
+// The generation of the point is the number of phases that have ended. Copies lie in an array, because TSan would see
+// one fiber free what another has allocated.
+struct CountingBarrier : Point {
+    int arrivals = 0;
+    int pending = 0;
+    long long bytes = 0;
+    Copy copies[8];
+    int copy_count = 0;
+};
+
 struct Run {
     void (*entry)(void*);
     const Launch& launch;
@@ -110,7 +136,8 @@ struct Cta {
     pthread_t thread;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    Point barrier;
+    Point barrier, first_barrier;
+    std::map<const void*, CountingBarrier> counting;
     Context scheduler;
     char* stacks = nullptr;
     void* asan_stack = nullptr;
@@ -360,6 +387,126 @@ void sync_threads(const Site& at) {
     else
         wait_at(barrier);
     acquire(token);
+}
+
+void sync_first(int count, const Site& at) {
+    if (reported) fail("AddressSanitizer has reported an error", at);
+    if (static_cast<int>(cta->current) >= count) fail("a thread beyond the first ones is at their meeting", at);
+    Point& barrier = cta->first_barrier;
+    char* token = &barrier.tokens[barrier.generation % 2];
+    release(token);
+    barrier.operation = "sync_first";
+    barrier.site = at;
+    if (++barrier.arrived == count)
+        open(barrier);
+    else
+        wait_at(barrier);
+    acquire(token);
+}
+
+namespace {
+
+CountingBarrier& counting(const void* address, const Site& at) {
+    const auto found = cta->counting.find(address);
+    if (found == cta->counting.end()) fail("a barrier that was not initialised", at);
+    return found->second;
+}
+
+void end_phase_if_complete(CountingBarrier& barrier) {
+    if (barrier.pending || barrier.bytes) return;
+    barrier.pending = barrier.arrivals;
+    open(barrier);
+}
+
+bool is_secret(const unsigned char* address) {
+    const Launch& launch = cta->run.launch;
+    for (int i = 0; i < launch.watched_count; i++) {
+        const Watched& w = launch.watched[i];
+        if (address >= w.base && address < w.base + w.size) return !w.readable[address - w.base];
+    }
+    return false;
+}
+
+unsigned box_bytes(const BoxMap& map) {
+    unsigned bytes = 4;
+    for (unsigned size : map.box) bytes *= size;
+    return bytes;
+}
+
+// What nobody may read comes as NaN, whatever lies there: a box may cover it as long as nothing depends on it.
+void perform(const Copy& copy) {
+    const BoxMap& map = *copy.map;
+    const unsigned lines = map.swizzle_bytes / 16;
+    unsigned at = 0;
+    for (unsigned index = 0; at < box_bytes(map); index++) {
+        unsigned left = index;
+        unsigned char* from = map.address;
+        bool inside = true;
+        for (int axis = 0; axis < 5; axis++) {
+            const long long i = static_cast<long long>(copy.first[axis]) + left % map.box[axis];
+            left /= map.box[axis];
+            inside = inside && i >= 0 && i < map.sizes[axis];
+            from += i * static_cast<long long>(axis ? map.strides[axis - 1] : 4);
+        }
+        for (int byte = 0; byte < 4; byte++, at++) {
+            const unsigned exchanged = lines ? at ^ (at / 128 % lines) * 16 : at;
+            volatile unsigned char* to = copy.dst + exchanged;
+            *to = !inside ? 0 : is_secret(from + byte) ? 0xff : static_cast<volatile unsigned char*>(from)[byte];
+        }
+    }
+}
+
+}  // namespace
+
+void barrier_init(const void* address, int arrivals, const Site& at) {
+    CountingBarrier& barrier = cta->counting[address];
+    if (barrier.arrivals) fail("a barrier is initialised twice", at);
+    barrier.arrivals = barrier.pending = arrivals;
+    barrier.operation = "barrier_wait";
+}
+
+void barrier_arrive(const void* address, int bytes, const Site& at) {
+    CountingBarrier& barrier = counting(address, at);
+    release(&barrier.tokens[barrier.generation % 2]);
+    if (!barrier.pending) fail("more arrivals at a barrier than it counts", at);
+    barrier.bytes += bytes;
+    barrier.pending--;
+    end_phase_if_complete(barrier);
+}
+
+void barrier_wait(const void* address, unsigned parity, const Site& at) {
+    CountingBarrier& barrier = counting(address, at);
+    if (reported) fail("AddressSanitizer has reported an error", at);
+    barrier.site = at;
+    while (barrier.generation % 2 == parity) {
+        const bool copied = barrier.copy_count > 0;
+        for (; barrier.copy_count; barrier.copy_count--) {
+            const Copy& copy = barrier.copies[barrier.copy_count - 1];
+            perform(copy);
+            barrier.bytes -= box_bytes(*copy.map);
+        }
+        if (copied) end_phase_if_complete(barrier);
+        if (barrier.generation % 2 == parity) wait_at(barrier);
+    }
+    acquire(&barrier.tokens[parity]);
+}
+
+void copy_box(void* dst, const void* map, const int (&first)[5], const void* address, const Site& at) {
+    CountingBarrier& barrier = counting(address, at);
+    Copy copy = {static_cast<unsigned char*>(dst), static_cast<const BoxMap*>(map), {}};
+    for (int axis = 0; axis < 5; axis++) copy.first[axis] = first[axis];
+    const unsigned bytes = box_bytes(*copy.map);
+    const unsigned long long offset = copy.dst - shared;
+    if (copy.dst < shared || offset + bytes > cta->run.launch.shared_bytes) fail("a copy out of shared memory", at);
+    if (offset % (copy.map->swizzle_bytes ? 8 * copy.map->swizzle_bytes : 128)) fail("a copy to a misaligned place", at);
+    if (__tsan_write_range) __tsan_write_range(dst, bytes);
+    release(&barrier.tokens[barrier.generation % 2]);
+    fill(copy.dst, 0xff, bytes);
+    if (barrier.copy_count == static_cast<int>(sizeof barrier.copies / sizeof copy)) fail("too many copies", at);
+    barrier.copies[barrier.copy_count++] = copy;
+    // Who waits already can go and look.
+    for (Fiber& fiber : cta->fibers)
+        if (fiber.point == &barrier) fiber.generation = barrier.generation - 1;
 }
 
 void fence() {

@@ -45,6 +45,15 @@ void check_read(const void* address, int bytes, const Site& at);
 // Meeting points. Only sync_threads and sync_warp order memory, as on a GPU.
 void sync_threads(const Site& at);
 void sync_warp(const Site& at);
+// The first `count` threads of the CTA meet.
+void sync_first(int count, const Site& at);
+
+// Barriers that count arrivals and bytes, known by their address; and the copy engine. A copy shows its worst: from when
+// it is asked for, its destination is NaN, until somebody waits for it.
+void barrier_init(const void* barrier, int arrivals, const Site& at);
+void barrier_arrive(const void* barrier, int bytes, const Site& at);
+void barrier_wait(const void* barrier, unsigned parity, const Site& at);
+void copy_box(void* dst, const void* map, const int (&first)[5], const void* barrier, const Site& at);
 
 // Operations that all 32 lanes take part in. `ALIGNED`: from the same place of the program, too.
 using Combine = void (*)(const void* const* ins, void* const* outs);

@@ -1,0 +1,56 @@
+"""Decode cases for the kernel with a ring in shared memory, which a planner only chooses for long requests."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+from cases import FACTORS, Case
+from pairwise import pairwise
+
+from cupy_fp8kv import plan
+from cupy_fp8kv.backends import cuda
+from cupy_fp8kv.plan import DeviceInfo, Plan, plan_decode
+from cupy_fp8kv.problem import DecodeProblem
+
+_FACTORS: dict[str, tuple[Any, ...]] = {
+    **FACTORS,
+    "head_dim": tuple(range(16, 129, 16)),
+    "group": (1, 2, 3, 5, 7, 8),
+    "kv_len": (1, 63, 64, 65, 300, 1000),
+    "k": ("e4m3", "e5m2", "e4m3", "f16", "bf16"),
+    "v": ("e4m3", "e4m3", "e5m2", "f16", "bf16"),
+    "batch": (1, 2, 3),
+    "num_kv_heads": (1, 2, 3, 4, 6),
+}
+_TEAMS = ((1, False), (2, False), (4, False), (1, True), (2, True), (4, True))
+
+
+def ring_plan(case: Case, device: DeviceInfo) -> Plan:
+    """The plan of a case, with a ring however short its requests are, of a team of heads that depends on the case."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "RING_ROWS", 0)
+        patch.setattr(plan, "RING_BYTES_PER_SM", 0)
+        patch.setattr(plan, "MIN_RING_FILL", 0)
+        at = case.seed % len(_TEAMS)
+        patch.setattr(plan, "RING_TEAMS", (*_TEAMS[at:], *_TEAMS[:at]))
+        return plan_decode(dataclasses.replace(case.problem, ragged=False), device)
+
+
+def take_ring(patch: pytest.MonkeyPatch, case: Case, device: DeviceInfo) -> None:
+    """The CUDA backend runs this case with a ring, whatever its strides."""
+
+    def choose(problem: DecodeProblem, _: DeviceInfo) -> Plan:
+        assert problem.can_copy_boxes
+        return ring_plan(case, device)
+
+    patch.setattr(cuda, "plan_decode", choose)
+
+
+@cache
+def ring_cases(device: DeviceInfo) -> list[Case]:
+    """Any two values of two options together, as far as a ring takes them."""
+    found = [Case(**chosen, seed=seed) for seed, chosen in enumerate(pairwise(_FACTORS))]
+    return [case for case in found if ring_plan(case, device).spec.stages]
