@@ -109,5 +109,6 @@ def warmup(
         1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),
         soft_cap=logits_soft_cap,
     )  # fmt: skip
-    wanted: list[Spec] = [*specs(problem, device_info(device).arch), MergeSpec(q_format)]
+    info = device_info(device)
+    wanted: list[Spec] = [*specs(problem, info.arch, info.shared_per_block), MergeSpec(q_format)]
     return [str(compiler.load(spec, device).spec) for spec in wanted]

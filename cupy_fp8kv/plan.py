@@ -113,12 +113,13 @@ def _subtiles(problem: DecodeProblem, warps: int, column_tiles: int) -> list[int
     return [n for n in (4, 2, 1) if n <= min(wanted, 4 // column_tiles if warps == 16 else 4)]
 
 
-def specs(problem: DecodeProblem, arch: int) -> list[DecodeSpec]:
+def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None) -> list[DecodeSpec]:
     """Every specialisation that some batch, length, number of heads and device of ``arch`` may use for this kind of
-    problem: straight to registers first, largest CTAs first."""
+    problem: straight to registers first, largest CTAs first. Given ``shared_per_block``, only rings that fit it."""
     spec, _ = _tile(problem)
     rings = (_ring(spec, heads, split) for heads, split in RING_TEAMS) if arch >= _RING_ARCH else ()
-    return [*_cta_sizes(spec), *(ring for ring in rings if ring)]
+    fitting = (ring for ring in rings if ring and ring.shared_bytes <= (shared_per_block or ring.shared_bytes))
+    return [*_cta_sizes(spec), *fitting]
 
 
 def _ring(spec: DecodeSpec, heads: int, split: bool) -> DecodeSpec | None:
@@ -135,10 +136,8 @@ def _ring(spec: DecodeSpec, heads: int, split: bool) -> DecodeSpec | None:
     return None
 
 
-def _ring_plan(
-    problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int
-) -> tuple[DecodeSpec, int, str] | None:
-    """Kernel, splits and reason of a plan with a ring, or None where registers do as well."""
+def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:
+    """A plan with a ring, or None where registers do as well."""
     sms = device.sm_count
     if device.arch < _RING_ARCH or problem.rows_read < RING_ROWS or problem.kv_bytes < RING_BYTES_PER_SM * sms:
         return None
@@ -150,13 +149,13 @@ def _ring_plan(
         ring = _ring(spec, heads, may_split)
         if problem.num_kv_heads % heads or ring is None or ring.shared_bytes > device.shared_per_block:
             continue
-        pieces = problem.batch * problem.num_kv_heads // heads * blocks
+        pieces = problem.batch * problem.num_kv_heads // heads
         turns = max(1, -(-problem.rows_read // ring.turn_rows))
         splits = min(sms // pieces, turns) if may_split else 1
         if splits and MIN_RING_FILL * sms <= pieces * splits <= sms:
             teams = f" in teams of {heads}" if heads > 1 else ""
             reason = f"{pieces} request heads{teams} in {splits} splits: a ring on {pieces * splits} of {sms} SMs"
-            return ring, splits, reason
+            return _finish(problem, device, ring, blocks, splits, reason)
     return None
 
 
@@ -168,10 +167,9 @@ def _cta_sizes(spec: DecodeSpec) -> list[DecodeSpec]:
 def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
     """Choose how to run ``problem`` on ``device``."""
     spec, blocks = _tile(problem)
-    chosen = _ring_plan(problem, device, spec, blocks)
-    if chosen:
-        ring, splits, reason = chosen
-        return _finish(problem, device, ring, blocks, splits, reason)
+    with_ring = _ring_plan(problem, device, spec, blocks)
+    if with_ring:
+        return with_ring
     full, half, quarter = _cta_sizes(spec)
     pieces = problem.batch * problem.num_kv_heads * blocks
     tiles = -(-problem.rows_read // full.tile_rows)
@@ -208,13 +206,9 @@ def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
 
 
 def _finish(
-    problem: DecodeProblem,
-    device: DeviceInfo,
-    spec: DecodeSpec,
-    blocks: int,
-    splits: int,
-    reason: str,
+    problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int, splits: int, reason: str
 ) -> Plan:
+    """The plan that these choices make. RuntimeError if the device lacks the shared memory."""
     if spec.shared_bytes > device.shared_per_block:
         raise RuntimeError(f"{device.name}: {spec} needs {spec.shared_bytes} bytes of shared memory a CTA")
     heads = problem.batch * problem.num_qo_heads * splits if splits > 1 else 0

@@ -10,9 +10,8 @@ from typing import Any
 
 from . import sources
 
-_CODES = {"i64": "q", "int": "i", "float": "f", "TensorMap": "128s"}
-#: Bytes of a TensorMap, and what its address is a multiple of twice over.
 TENSOR_MAP_BYTES = 128
+_CODES = {"i64": "q", "int": "i", "float": "f", "TensorMap": f"{TENSOR_MAP_BYTES}s"}
 #: base/divide.cuh: what a field ``name`` of type Divisor consists of.
 _DIVISOR = (("", "i"), ("_multiplier", "I"), ("_shift", "i"))
 _STRUCT = re.compile(r"struct (\w+) \{(.*?)\n\};", re.S)

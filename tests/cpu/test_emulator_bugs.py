@@ -300,7 +300,9 @@ def test_planted_bugs_are_noticed(tmp_path, monkeypatch, machine, bug):
         assert "AddressSanitizer" in said or "runtime error" in said
 
 
-@pytest.mark.parametrize("check", dict.fromkeys(bug.check for bug in BUGS), ids=lambda check: str(check)[:80])
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(bug.check for bug in BUGS), ids=lambda check: getattr(check, "__name__", str(check))
+)
 def test_checks_of_planted_bugs_pass_without_them(emulate, check):
     run(emulate, check) if isinstance(check, Case) else check(emulate)
 

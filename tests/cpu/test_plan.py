@@ -120,7 +120,7 @@ def test_every_plan(problem, device):
         problem.q_format, problem.k_format, problem.v_format, problem.head_dim
     )  # fmt: skip
     assert spec.soft_cap == problem.soft_cap and spec.position == problem.position and not spec.software_fp8
-    assert spec in specs(problem, device.arch)
+    assert spec in specs(problem, device.arch, device.shared_per_block)
     assert spec.threads == 32 * (spec.warps + (spec.stages > 0)) <= 1024 and spec.warps >= 1
 
     # One wave wherever splitting is what fills the device.
@@ -244,6 +244,15 @@ def test_specs_are_few_and_distinct():
         found = specs(some, 90)
         assert len(set(found)) == len(found) <= 7 and found[:3] == specs(some, 89)
         assert len({str(spec) for spec in found}) == len(found)
+
+
+@ON_ANY_DEVICE
+def test_specs_for_a_device_are_those_it_can_load(device):
+    """A kernel that asks for more shared memory than there is cannot even be loaded."""
+    for head_dim in (64, 128):
+        found = specs(problem(head_dim=head_dim), device.arch, device.shared_per_block)
+        assert found and all(spec.shared_bytes <= device.shared_per_block for spec in found)
+    assert len(specs(problem(), 90, 227 * KB)) == len(specs(problem(), 90)) > len(specs(problem(), 120, 99 * KB)) == 3
 
 
 # Telling

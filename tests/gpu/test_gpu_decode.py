@@ -107,7 +107,7 @@ def test_every_cta_shape_that_a_plan_may_choose(monkeypatch):
     arrays = build(case)
     from cupy_fp8kv.plan import specs
 
-    for spec in specs(case.problem, device().arch):
+    for spec in specs(case.problem, device().arch, device().shared_per_block):
         if case.num_kv_heads % spec.heads:
             continue
         pieces = case.batch * case.num_kv_heads // spec.heads
