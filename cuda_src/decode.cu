@@ -190,25 +190,25 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     ptx::let_next_kernel_start();  // merge.cu, if this splits: it waits for the results where it starts
 
     const int num_qo_heads = p.num_kv_heads * p.group_size;
-    WarpCombine::run(
+    WarpCombine::run<Values>(
         columns, used_columns, lane, shared,
-        [&](int head_in_team, int column, const SoftmaxState& state, int j, int group, float first, float second) {
+        [&](int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum) {
             const int head = first_head_of(head_in_team) + column;
-            const int dim = Values::dim(j, group);
             const i64 row_of_out = static_cast<i64>(work.request) * num_qo_heads + head;
-            const bool reports = j == 0 && group == 0;
+            const bool reports = dim == 0;
             const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
                                                                work.head_team * kHeads + head_in_team);
             if (p.splits.value == 1) {
                 const float factor = state.normalizer() * out_scale;
                 u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
-                *reinterpret_cast<u32*>(out + dim * QFormat::kBytes) =
-                    QFormat::Operand::pack(first * factor, second * factor);
+                *reinterpret_cast<uint2*>(out + dim * QFormat::kBytes) =
+                    make_uint2(QFormat::Operand::pack(sum.x * factor, sum.y * factor),
+                               QFormat::Operand::pack(sum.z * factor, sum.w * factor));
                 if (reports && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
             } else {
                 const i64 part = row_of_out * p.splits.value + work.split;
-                *reinterpret_cast<float2*>(p.partial_out + part * kHeadDim + dim) =
-                    make_float2(first * out_scale, second * out_scale);
+                *reinterpret_cast<float4*>(p.partial_out + part * kHeadDim + dim) =
+                    make_float4(sum.x * out_scale, sum.y * out_scale, sum.z * out_scale, sum.w * out_scale);
                 if (reports)
                     *reinterpret_cast<float2*>(p.partial_state + part * 2) = make_float2(state.reference, state.sum);
             }

@@ -10,18 +10,18 @@ struct Combine {
     static constexpr int kTiles = HEAD_DIM / 16;
     static constexpr int kTeam = WARPS / HEADS;
     static constexpr int kPieceTiles = min_of(kTiles, 8);
-    // Four floats more than a piece has: the columns of a half-warp's 8-byte accesses then lie in different banks.
-    static constexpr int kColumnStride = 16 * kPieceTiles + 4;
+    // Head dimensions in their order, with four floats after each 16 and after each column: a quarter-warp's 16-byte
+    // accesses then lie in different banks.
+    static constexpr int kColumnStride = 20 * kPieceTiles + 4;
     static constexpr int kStateBytes = WARPS * COLUMN_TILES * 8 * static_cast<int>(sizeof(SoftmaxState));
     // Every architecture has 99 KB an SM; some of that is for Q and the states.
-    static constexpr int kMostBytes = CTAS_PER_SM == 1 ? 72000 : 64000 / CTAS_PER_SM;
+    static constexpr int kMostBytes = CTAS_PER_SM == 1 ? 84000 : 64000 / CTAS_PER_SM;
     static constexpr int kPieceColumns = WARPS * 8 * COLUMN_TILES * kColumnStride * 4 > kMostBytes ? 1 : COLUMN_TILES;
     static constexpr int kSharedBytes = kStateBytes + WARPS * 8 * kPieceColumns * kColumnStride * 4;
 
-    // Calls store(head, column, state, j, group, first, second) once for every used column of every head and pair of
-    // head dimensions (those of tile j, lane group `group`), with the merged state and the two merged, unnormalised
-    // results.
-    template <class Columns, class Store>
+    // Calls store(head, column, state, dim, x) once for every used column of every head and four head dimensions from
+    // `dim` on, with the merged state and the merged, unnormalised results. `Tile`: the VTile of the columns.
+    template <class Tile, class Columns, class Store>
     static DEVICE void run(const Columns& columns, int used, const Lane& lane, u8* shared, Store store) {
         SoftmaxState* states = reinterpret_cast<SoftmaxState*>(shared);
         float* piece = reinterpret_cast<float*>(shared + kStateBytes);
@@ -43,38 +43,55 @@ struct Combine {
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
                         const int column = 8 * n + 2 * lane.thread + c;
-                        float* mine = piece + (lane.warp * 8 * kPieceColumns + column) * kColumnStride + 2 * lane.group;
-                        if (column < width)
-#pragma unroll
-                            for (int j = 0; j < kPieceTiles; j++)
-                                if (begin + j < kTiles)
-                                    *reinterpret_cast<float2*>(mine + 16 * j) =
-                                        make_float2(columns.out[first_tile + n][begin + j][c],
-                                                    columns.out[first_tile + n][begin + j][c + 2]);
+                        float* mine = piece + (lane.warp * 8 * kPieceColumns + column) * kColumnStride;
+                        if (column < width) put<Tile>(columns.out[first_tile + n], c, begin, lane, mine);
                     }
                 ptx::sync_first<32 * WARPS>();
-                for (int task = threadIdx.x; task < HEADS * width * 8 * tiles; task += 32 * WARPS) {
-                    const int at = task % (8 * tiles);
-                    const int head = task / (8 * tiles) % HEADS, column = task / (8 * tiles) / HEADS;
+                for (int task = threadIdx.x; task < HEADS * width * 4 * tiles; task += 32 * WARPS) {
+                    const int dim = task % (4 * tiles) * 4;  // within the piece
+                    const int head = task / (4 * tiles) % HEADS, column = task / (4 * tiles) / HEADS;
                     const auto place = [&](int i) { return i * HEADS + head; };  // of the head's warps
-                    float first = 0.0f, second = 0.0f;
+                    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                     // All loads before the first use: one at a time, they would take as long as the products.
                     SoftmaxState found[kTeam];
-                    float2 theirs[kTeam];
+                    float4 theirs[kTeam];
 #pragma unroll
                     for (int i = 0; i < kTeam; i++) {
                         found[i] = states[(place(i) * COLUMN_TILES + first_tile) * 8 + column];
-                        theirs[i] = *reinterpret_cast<const float2*>(
-                            piece + (place(i) * 8 * kPieceColumns + column) * kColumnStride + 2 * at);
+                        theirs[i] = *reinterpret_cast<const float4*>(
+                            piece + (place(i) * 8 * kPieceColumns + column) * kColumnStride + padded(dim));
                     }
                     const SoftmaxState state = merge_states(
                         kTeam, [&](int i) { return found[i]; },
                         [&](int i, float factor) {
-                            first += factor * theirs[i].x;
-                            second += factor * theirs[i].y;
+                            sum.x += factor * theirs[i].x;
+                            sum.y += factor * theirs[i].y;
+                            sum.z += factor * theirs[i].z;
+                            sum.w += factor * theirs[i].w;
                         });
-                    store(head, 8 * first_tile + column, state, begin + at / 8, at % 8, first, second);
+                    store(head, 8 * first_tile + column, state, 16 * begin + dim, sum);
                 }
+            }
+        }
+    }
+
+  private:
+    static DEVICE int padded(int dim) { return dim + dim / 16 * 4; }
+
+    // A lane's results of one column, c of its two, for the tiles of the piece that starts with tile `begin`.
+    template <class Tile>
+    static DEVICE void put(const float (&out)[kTiles][4], int c, int begin, const Lane& lane, float* column) {
+        const auto at = [&](int j) { return column + padded(Tile::dim(j, lane.group) - 16 * begin); };
+        const auto put_pair = [&](int j) { *reinterpret_cast<float2*>(at(j)) = make_float2(out[j][c], out[j][c + 2]); };
+#pragma unroll
+        for (int j = begin; j < min_of(begin + kPieceTiles, kTiles); j += 2) {
+            const bool two = j + 1 < kTiles;
+            if (two && Tile::continues(j)) {
+                *reinterpret_cast<float4*>(at(j)) =
+                    make_float4(out[j][c], out[j][c + 2], out[j + 1][c], out[j + 1][c + 2]);
+            } else {
+                put_pair(j);
+                if (two) put_pair(j + 1);
             }
         }
     }

@@ -53,6 +53,11 @@ struct VTile {
     // Head dimension of result row g (second = 0) or g + 8 (second = 1) of tile j.
     static DEVICE int dim(int j, int group) { return Slice::offset(2 * Format::kBytes * j, group) / Format::kBytes; }
 
+    // Whether a lane's head dimensions of tile j + 1 follow on those of tile j.
+    static DEVICE constexpr bool continues(int j) {
+        return Slice::load_start(2 * Format::kBytes * j) == Slice::load_start(2 * Format::kBytes * (j + 1));
+    }
+
     // out[n][j] += (16 head dimensions of subtile r, transposed) * weights of column tile n.
     template <int COLUMN_TILES, int TERMS>
     DEVICE void accumulate(int r, const u32 (&weights)[COLUMN_TILES][TERMS][2],

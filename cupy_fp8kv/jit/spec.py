@@ -106,8 +106,8 @@ class DecodeSpec:
         query = self.heads * self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4)
         states = self.warps * self.column_tiles * 8 * 8
         # combine.cuh: one tile of columns at a time where all do not fit.
-        tile = self.warps * 8 * (16 * min(steps, 8) + 4) * 4
-        most = 72_000 if self.ctas_per_sm == 1 else 64_000 // self.ctas_per_sm
+        tile = self.warps * 8 * (20 * min(steps, 8) + 4) * 4
+        most = 84_000 if self.ctas_per_sm == 1 else 64_000 // self.ctas_per_sm
         tiles = self.column_tiles if self.column_tiles * tile <= most else 1
         ring = self.stages * (self.stage_bytes + 4 * 8)
         return query + ring + states + tiles * tile
