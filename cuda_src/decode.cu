@@ -77,27 +77,16 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
 }
 
 // Keeps the ring full: what one thread of a warp of its own does.
-struct Feeder {
-    const DecodeParams& p;
-    const Work& work;
-    const KVRing& ring;
+DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
     const RowRange range = RowRange::of_request(Layout::kv_len(p, work.request), p.window_left);
-    int row = range.begin + work.split * kTurnRows;
-    KVRing::Turn turn = {};
-
-    DEVICE void fill(bool first) {
-        ring.fill(turn, first, &p.k_map, &p.v_map, row, work.head_team * kHeads, work.request);
-        row += p.splits.value * kTurnRows;
+    const int step = p.splits.value * kTurnRows;
+    KVRing::Turn turn;
+    int filled = 0;
+    for (int row = range.begin + work.split * kTurnRows; row < range.end; row += step) {
+        ring.fill(turn, filled++ < kStages, &p.k_map, &p.v_map, row, work.head_team * kHeads, work.request);
         turn.advance();
     }
-    // The whole ring for the first time.
-    DEVICE void start() {
-        for (int stage = 0; stage < kStages && row < range.end; stage++) fill(true);
-    }
-    DEVICE void go_on() {
-        while (row < range.end) fill(false);
-    }
-};
+}
 
 // Attention of one CTA's share, by its first kWarps warps.
 DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, const Lane& lane, u8* shared) {
@@ -232,18 +221,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const 
     const Work work = Schedule::work(p, blockIdx.x);
     const KVRing ring(shared);
     if constexpr (kHasRing) {
-        if (lane.warp == kWarps) {
-            const bool feeds = lane.index() == 0;
-            if (feeds) ring.init(&p.k_map, &p.v_map);
-            ptx::wait_for_previous_kernel();  // nothing before this reads memory
-            Feeder feeder{p, work, ring};
-            if (feeds) feeder.start();
-            ptx::sync_threads();
-            if (feeds) feeder.go_on();
-            return;
-        }
+        const bool feeds = lane.warp == kWarps && lane.index() == 0;
+        if (feeds) ring.init();
         ptx::sync_threads();
+        ptx::wait_for_previous_kernel();  // nothing before this reads memory
+        if (feeds) feed(p, work, ring);
+        if (lane.warp == kWarps) return;
+    } else {
+        ptx::wait_for_previous_kernel();
     }
-    ptx::wait_for_previous_kernel();
     attend(p, work, ring, lane, shared + kRingBytes);
 }
