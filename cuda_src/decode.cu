@@ -104,7 +104,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     const int step = p.splits.value * kTurnRows;
     const int row_in_turn = lane.warp / kHeads * kTileRows;
     int first_row = range.begin + work.split * kTurnRows;  // of the rows that the warps take together
-    // The cache's first rows are asked for before q is even read.
+    // What is asked for first arrives first: rows that go to registers; q, where a ring is filled a moment later.
     if (!kHasRing && first_row + row_in_turn < range.end) {
         keys.load(k_rows, range, first_row + row_in_turn, lane);
         if (kAhead > 0) values.load(v_rows, range, first_row + row_in_turn, lane);
@@ -117,16 +117,16 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     const int first_head = first_head_of(head_of_team);
     const u8* q = p.q + work.request * p.q_stride_request;
     // Columns without a head of their own repeat the last one; nothing reads their results.
-    const Queries queries(
+    const auto asked = Queries::ask(
         [&](int head, int column) {
             return q + (first_head_of(head) + min_of(column, used_columns - 1)) * p.q_stride_head;
         },
-        head_of_team, lane, shared + WarpCombine::kSharedBytes);
-
+        lane);
     float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, kv_head);
     scale = Scale::at(scale, p.q_scale, 0, 0) * KFormat::kGain;
     if constexpr (!kSoftCap) scale *= kLog2E;  // a soft cap needs natural logits first
-
+    if constexpr (kHasRing) ptx::sync_threads();  // now the ring may be filled
+    const Queries queries(asked, head_of_team, lane, shared + WarpCombine::kSharedBytes);
     WarpColumns columns;
     KVRing::Turn turn;
     // A ring has rows for all warps as long as it has any; registers only what is in the range.
@@ -220,15 +220,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const 
     const Lane lane = Lane::self();
     const Work work = Schedule::work(p, blockIdx.x);
     const KVRing ring(shared);
-    if constexpr (kHasRing) {
-        const bool feeds = lane.warp == kWarps && lane.index() == 0;
-        if (feeds) ring.init();
+    if (kHasRing && lane.warp == kWarps) {
+        const bool feeds = lane.index() == 0;
+        if (feeds) ring.init(&p.k_map, &p.v_map);
         ptx::sync_threads();
-        ptx::wait_for_previous_kernel();  // nothing before this reads memory
-        if (feeds) feed(p, work, ring);
-        if (lane.warp == kWarps) return;
-    } else {
         ptx::wait_for_previous_kernel();
+        if (feeds) feed(p, work, ring);
+        return;
     }
+    ptx::wait_for_previous_kernel();  // nothing before this reads memory
     attend(p, work, ring, lane, shared + kRingBytes);
 }

@@ -7,7 +7,7 @@
 
 constexpr int kThreads = 256;
 constexpr int kMostParts = kThreads / 4;  // head_dim 16
-constexpr int kAtOnce = 4;
+constexpr int kAtOnce = 8;
 
 DEVICE void scale(float4& x, float factor) {
     x.x *= factor;

@@ -25,16 +25,42 @@ class Query {
     // bf16 fits fp16 after a power-of-two factor that brings the column's largest value below 2^15.
     static constexpr bool kHasFactor = !kSame && kSameType<Operand, HalfOperand>;
     static constexpr int kTiles = HEADS * COLUMN_TILES;
+    static constexpr int kRounds = ceil_div(kTiles, WARPS);
     static constexpr int kSharedBytes = kTiles * (kSteps * kTerms * 32 * 8 + 8 * 4);
 
-    // `row(head, column)`: where the query of a column of one of the CTA's cache heads lies. `head`: the one whose
-    // columns this warp works on. `shared`: kSharedBytes. The CTA's first WARPS warps take part.
+    // A warp's share of Q on its way into registers.
+    struct Asked {
+        uint2 words[kRounds][kSteps];
+    };
+
+    // `row(head, column)`: where the query of a column of one of the CTA's cache heads lies. The CTA's first WARPS warps
+    // take part.
     template <class Row>
-    DEVICE Query(Row row, int head, const Lane& lane, u8* shared)
+    static DEVICE Asked ask(Row row, const Lane& lane) {
+        Asked asked;
+#pragma unroll
+        for (int round = 0; round < kRounds; round++) {
+            const int n = lane.warp + round * WARPS;
+            if (n >= kTiles) break;
+            const u8* from = row(n / COLUMN_TILES, 8 * (n % COLUMN_TILES) + lane.group);
+#pragma unroll
+            for (int s = 0; s < kSteps; s++) {
+                const int element = Slice::offset(4 * KFormat::kBytes * s, lane.thread) / KFormat::kBytes;
+                asked.words[round][s] = ptx::load_8(from + element * QFormat::kBytes);
+            }
+        }
+        return asked;
+    }
+
+    // `head`: the one whose columns this warp works on. `shared`: kSharedBytes.
+    DEVICE Query(const Asked& asked, int head, const Lane& lane, u8* shared)
         : fragments_(reinterpret_cast<uint2*>(shared) + lane.index()),
           inverses_(reinterpret_cast<float*>(shared + kTiles * kSteps * kTerms * 32 * 8)) {
-        for (int n = lane.warp; n < kTiles; n += WARPS) {
-            const float inverse = load(row(n / COLUMN_TILES, 8 * (n % COLUMN_TILES) + lane.group), n, lane);
+#pragma unroll
+        for (int round = 0; round < kRounds; round++) {
+            const int n = lane.warp + round * WARPS;
+            if (n >= kTiles) break;
+            const float inverse = put(asked.words[round], n);
             if (lane.thread == 0) inverses_[8 * n + lane.group] = inverse;
         }
         ptx::sync_first<32 * WARPS>();
@@ -91,13 +117,7 @@ class Query {
     DEVICE uint2& fragment(int n, int s, int i) const { return fragments_[((n * kSteps + s) * kTerms + i) * 32]; }
 
     // Stores a lane's part of one query. Returns the inverse of the factor it was multiplied with.
-    DEVICE float load(const u8* row, int n, const Lane& lane) const {
-        uint2 words[kSteps];
-#pragma unroll
-        for (int s = 0; s < kSteps; s++) {
-            const int element = Slice::offset(4 * KFormat::kBytes * s, lane.thread) / KFormat::kBytes;
-            words[s] = ptx::load_8(row + element * QFormat::kBytes);
-        }
+    DEVICE float put(const uint2 (&words)[kSteps], int n) const {
         float factor = 1.0f, inverse = 1.0f;
         if constexpr (kHasFactor) {
             float largest = 0.0f;

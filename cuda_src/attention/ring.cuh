@@ -60,8 +60,11 @@ class Ring {
     explicit DEVICE Ring(u8* shared)
         : stages_(shared), barriers_(reinterpret_cast<u64*>(shared + STAGES * kStageBytes)) {}
 
-    // To be called by one thread, before the others meet it at a barrier.
-    DEVICE void init() const {
+    // To be called by the thread that feeds, before the others meet it at a barrier. Fetches the descriptions of the
+    // caches meanwhile.
+    DEVICE void init(const TensorMap* k, const TensorMap* v) const {
+        ptx::prefetch_tensor_map(k);
+        ptx::prefetch_tensor_map(v);
         for (int s = 0; s < STAGES; s++) {
             ptx::barrier_init(barrier(kFilled, kK, s), 1);
             ptx::barrier_init(barrier(kFilled, kV, s), 1);

@@ -44,11 +44,10 @@ class PreparedDecode:
                 splits=plan.splits,
             ),
         )  # fmt: skip
-        # With a merge behind it, a call may start while the merge of the call before it runs.
         split = plan.splits > 1
         self._params = params
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
-        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=split)
+        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=True)
         if split:
             merge = compiler.load(MergeSpec(problem.q_format), device)
             self._merge = Launch(merge, problem.batch * problem.num_qo_heads, params, dependent=True)

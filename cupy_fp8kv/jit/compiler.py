@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .device import device_info, on_device, require_cupy
-from .spec import Spec
+from .spec import DecodeSpec, Spec
 
 OPTIONS = ("-std=c++17",)
 #: Architectures that kernels are compiled for in CI. Any other from sm_80 on may work.
@@ -56,7 +56,8 @@ def load(spec: Spec, device: int) -> Kernel:
 
 def _load(spec: Spec, device: int) -> Kernel:
     cupy = require_cupy()
-    arch = device_info(device).arch
+    info = device_info(device)
+    arch = info.arch
     source = spec.source()
     module = _modules.get(source)
     if module is None:
@@ -67,9 +68,14 @@ def _load(spec: Spec, device: int) -> Kernel:
             handle = raw.kernel.ptr
         except cupy.cuda.compiler.CompileException as error:
             raise RuntimeError(f"NVRTC cannot compile {spec} for sm_{arch}:\n{error.get_message()}") from error
-        if spec.shared_bytes > _FREE_SHARED_BYTES:
-            raw.max_dynamic_shared_size_bytes = spec.shared_bytes
-    return Kernel(spec, device, handle, spec.threads, spec.shared_bytes, raw)
+        shared = spec.shared_bytes
+        if isinstance(spec, DecodeSpec) and spec.stages:
+            # Half of an SM and a little: a CTA that starts while the kernel before it still runs must not join another
+            # of its own, while SMs stay without one.
+            shared = max(shared, info.shared_per_block // 2)
+        if shared > _FREE_SHARED_BYTES:
+            raw.max_dynamic_shared_size_bytes = shared
+    return Kernel(spec, device, handle, spec.threads, shared, raw)
 
 
 class _Progress:
