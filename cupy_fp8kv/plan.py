@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from .formats import KV_FORMATS
 from .jit.spec import DecodeSpec
@@ -39,6 +40,7 @@ class Plan:
     grid: int
     workspace_out: int  # bytes of partial results, 0 without splits
     workspace_state: int
+    early: bool  # whether CTAs may be placed while the kernel before this call still runs
     reason: str
 
     @property
@@ -54,21 +56,33 @@ _FRAGMENTS_OF_16_WARPS = 108
 _MIN_TILE_BYTES = {16: 2560, 8: 5120}
 #: A last wave that fills less than this of its slots is avoided by splitting.
 _MIN_FILL = 0.8
-#: A ring in shared memory, filled by the copy engine, reads long requests 1 to 3 % faster than loads into registers;
-#: in short ones its start costs as much. Measured on an H100 where an SM reads 0.5 to 4 MB, of 512 to 131072 rows:
-#: equal at 1024 rows and 1 MB.
-RING_BYTES_PER_SM = 1e6
-RING_ROWS = 2048
-#: Cache heads of a CTA, and whether several CTAs share a request, best first: neighbouring heads are read together, but
-#: no split is better still.
-RING_TEAMS = ((1, False), (2, False), (4, False), (2, True))
-#: Bytes of a ring, by whether several CTAs share a request. Where none do, CTAs with few bytes in flight stay in step
-#: and read neighbouring heads at one time: 96 KB are 1 to 2 % slower there.
-_RING_BYTES = {False: 64 << 10, True: 128 << 10}
-_RING_STAGES = 2
+
+
+class Use(Enum):
+    """What a ring is for: how CTAs share the device decides how much a ring should have in flight."""
+
+    ONE_WAVE = "one wave"  # a CTA an SM; CTAs of neighbouring heads stay in step while little is in flight
+    WAVES = "waves"  # several CTAs an SM, one after another
+    SPLIT = "split"  # several CTAs share a request
+
+
+#: Cache heads of a CTA by the use of a ring, best first: in NHD neighbouring heads are read together. Measured on an
+#: H100: 2 to 5 % faster than loads into registers in one wave, 1 % in several, up to 10 % where a request is split.
+RING_TEAMS = ((Use.ONE_WAVE, 1), (Use.ONE_WAVE, 2), (Use.ONE_WAVE, 4), (Use.WAVES, 2), (Use.SPLIT, 2), (Use.SPLIT, 1))
+#: Bytes of a ring. Where CTAs stay in step, 96 KB are 1 to 2 % slower than 64.
+_RING_BYTES = {
+    (Use.ONE_WAVE, 1): 64 << 10, (Use.ONE_WAVE, 2): 64 << 10, (Use.ONE_WAVE, 4): 64 << 10, (Use.WAVES, 2): 96 << 10,
+    (Use.SPLIT, 2): 128 << 10, (Use.SPLIT, 1): 64 << 10,
+}  # fmt: skip
+#: Rows of a request below which starting and ending a CTA costs more than a ring gains, where requests are not split;
+#: in several waves, and with results of several query heads to bring together, twice as many.
+RING_ROWS = 1024
+#: Bytes of an SM from which on a split request is read in teams of two heads, which need twice the merging.
+RING_TEAM_BYTES = 1.5e6
+_RING_STAGES = 2  # at least
 _MOST_RING_ROW_BYTES = 256  # of K and V together: longer rows were measured without gain
 _MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 224 in all
-#: A ring has its SM for itself: this share of them must have one, in one wave.
+#: A ring has its SM for itself: this share of them must have one, in every wave.
 MIN_RING_FILL = 0.9
 #: Warps that work on what a ring brings, and the least architecture that has the copy engine.
 _RING_WARPS = 8
@@ -117,44 +131,50 @@ def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None
     """Every specialisation that some batch, length, number of heads and device of ``arch`` may use for this kind of
     problem: straight to registers first, largest CTAs first. Given ``shared_per_block``, only rings that fit it."""
     spec, _ = _tile(problem)
-    rings = (_ring(spec, heads, split) for heads, split in RING_TEAMS) if arch >= _RING_ARCH else ()
+    rings = (_ring(spec, use, heads) for use, heads in RING_TEAMS) if arch >= _RING_ARCH else ()
     fitting = (ring for ring in rings if ring and ring.shared_bytes <= (shared_per_block or ring.shared_bytes))
-    return [*_cta_sizes(spec), *fitting]
+    return [*_cta_sizes(spec), *dict.fromkeys(fitting)]
 
 
-def _ring(spec: DecodeSpec, heads: int, split: bool) -> DecodeSpec | None:
+def _ring(spec: DecodeSpec, use: Use, heads: int) -> DecodeSpec | None:
     """The kernel with a ring for ``heads`` neighbouring cache heads, or None where none was found to be faster."""
-    if spec.row_bytes > _MOST_RING_ROW_BYTES or (split and spec.column_tiles > 1):
+    if spec.row_bytes > _MOST_RING_ROW_BYTES or (use == Use.SPLIT and spec.column_tiles > 1):
         return None
+    most = _RING_BYTES[use, heads]
     for subtiles in (4, 2, 1):
-        ring = replace(
-            spec, warps=_RING_WARPS, ctas_per_sm=1, subtiles=subtiles, heads=heads, stages=_RING_STAGES
-        )  # fmt: skip
-        fits = ring.stages * ring.stage_bytes <= _RING_BYTES[split] and ring.turn_rows <= MOST_BOX_ROWS
+        ring = replace(spec, warps=_RING_WARPS, ctas_per_sm=1, subtiles=subtiles, heads=heads, stages=_RING_STAGES)
+        fits = ring.stages * ring.stage_bytes <= most and ring.turn_rows <= MOST_BOX_ROWS
         if fits and ring.fragment_registers[0] <= _MOST_FRAGMENTS:
-            return ring
+            return replace(ring, stages=most // ring.stage_bytes)
     return None
 
 
 def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:
     """A plan with a ring, or None where registers do as well."""
-    sms = device.sm_count
-    if device.arch < _RING_ARCH or problem.rows_read < RING_ROWS or problem.kv_bytes < RING_BYTES_PER_SM * sms:
-        return None
     # A CTA of several heads would make the longest of unequal requests last longer; column blocks read rows again, and
     # were not measured.
-    if problem.ragged or blocks > 1 or not problem.can_copy_boxes:
+    if device.arch < _RING_ARCH or problem.ragged or blocks > 1 or not problem.can_copy_boxes:
         return None
-    for heads, may_split in RING_TEAMS:
-        ring = _ring(spec, heads, may_split)
+    sms = device.sm_count
+    for use, heads in RING_TEAMS:
+        ring = _ring(spec, use, heads)
         if problem.num_kv_heads % heads or ring is None or ring.shared_bytes > device.shared_per_block:
             continue
         pieces = problem.batch * problem.num_kv_heads // heads
-        turns = max(1, -(-problem.rows_read // ring.turn_rows))
-        splits = min(sms // pieces, turns) if may_split else 1
-        if splits and MIN_RING_FILL * sms <= pieces * splits <= sms:
+        splits = 1
+        if use == Use.SPLIT:
+            turns = -(-problem.rows_read // ring.turn_rows)
+            splits = min(sms // max(pieces, 1), turns)
+            enough = splits > 1 and (heads == 1 or problem.kv_bytes >= RING_TEAM_BYTES * sms)
+            enough = enough and (splits == turns or pieces * splits >= MIN_RING_FILL * sms)
+        else:
+            waves = use == Use.WAVES
+            enough = waves == (pieces > sms) and _fill(pieces, sms) >= MIN_RING_FILL
+            enough = enough and problem.rows_read >= RING_ROWS * (2 if waves and problem.group_size > 1 else 1)
+        if enough:
             teams = f" in teams of {heads}" if heads > 1 else ""
-            reason = f"{pieces} request heads{teams} in {splits} splits: a ring on {pieces * splits} of {sms} SMs"
+            filled = min(pieces * splits, sms)
+            reason = f"{pieces} request heads{teams} in {splits} splits: a ring on {filled} of {sms} SMs ({use.value})"
             return _finish(problem, device, ring, blocks, splits, reason)
     return None
 
@@ -213,12 +233,15 @@ def _finish(
         raise RuntimeError(f"{device.name}: {spec} needs {spec.shared_bytes} bytes of shared memory a CTA")
     heads = problem.batch * problem.num_qo_heads * splits if splits > 1 else 0
     items = problem.batch * problem.num_kv_heads // spec.heads * blocks * splits
+    # One wave of CTAs that share SMs is placed less evenly then: 1 to 2 % slower on an H100, everything else faster.
+    early = splits > 1 or spec.stages > 0 or items > spec.ctas_per_sm * device.sm_count
     return Plan(
         spec=spec, splits=splits, column_blocks=blocks, grid=items,
-        workspace_out=heads * problem.head_dim * 4, workspace_state=heads * 8, reason=reason,
+        workspace_out=heads * problem.head_dim * 4, workspace_state=heads * 8, early=early,
+        reason=reason,
     )  # fmt: skip
 
 
 def _fill(ctas: int, slots: int) -> float:
     """The share of the slots of all waves that ``ctas`` CTAs use."""
-    return ctas / (-(-ctas // slots) * slots)
+    return ctas / (max(1, -(-ctas // slots)) * slots)

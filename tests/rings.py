@@ -12,7 +12,7 @@ from pairwise import pairwise
 
 from cupy_fp8kv import plan
 from cupy_fp8kv.backends import cuda
-from cupy_fp8kv.plan import DeviceInfo, Plan, plan_decode
+from cupy_fp8kv.plan import DeviceInfo, Plan
 from cupy_fp8kv.problem import DecodeProblem
 
 _FACTORS: dict[str, tuple[Any, ...]] = {
@@ -23,20 +23,22 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
     "k": ("e4m3", "e5m2", "e4m3", "f16", "bf16"),
     "v": ("e4m3", "e4m3", "e5m2", "f16", "bf16"),
     "batch": (1, 2, 3),
-    "num_kv_heads": (1, 2, 3, 4, 6),
+    "num_kv_heads": (1, 2, 3, 4, 8),
 }
-_TEAMS = ((1, False), (2, False), (4, False), (1, True), (2, True), (4, True))
 
 
 def ring_plan(case: Case, device: DeviceInfo) -> Plan:
-    """The plan of a case, with a ring however short its requests are, of a team of heads that depends on the case."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "RING_ROWS", 0)
-        patch.setattr(plan, "RING_BYTES_PER_SM", 0)
-        patch.setattr(plan, "MIN_RING_FILL", 0)
-        at = case.seed % len(_TEAMS)
-        patch.setattr(plan, "RING_TEAMS", (*_TEAMS[at:], *_TEAMS[:at]))
-        return plan_decode(dataclasses.replace(case.problem, ragged=False), device)
+    """The plan of a case, with a ring however short its requests are, for a use that depends on the case."""
+    problem = dataclasses.replace(case.problem, ragged=False)
+    spec, blocks = plan._tile(problem)
+    at = case.seed % len(plan.RING_TEAMS)
+    for use, heads in (*plan.RING_TEAMS[at:], *plan.RING_TEAMS[:at]):
+        ring = plan._ring(spec, use, heads)
+        if ring and problem.num_kv_heads % heads == 0 and ring.shared_bytes <= device.shared_per_block:
+            turns = max(1, -(-problem.rows_read // ring.turn_rows))
+            splits = min(turns, 5) if use == plan.Use.SPLIT else 1
+            return plan._finish(problem, device, ring, blocks, splits, "a ring")
+    return plan.plan_decode(problem, device)
 
 
 def take_ring(patch: pytest.MonkeyPatch, case: Case, device: DeviceInfo) -> None:

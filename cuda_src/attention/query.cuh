@@ -33,8 +33,8 @@ class Query {
         uint2 words[kRounds][kSteps];
     };
 
-    // `row(head, column)`: where the query of a column of one of the CTA's cache heads lies. The CTA's first WARPS warps
-    // take part.
+    // `row(head, column)`: where the query of a column of one of the CTA's cache heads lies. The CTA's first WARPS
+    // warps take part.
     template <class Row>
     static DEVICE Asked ask(Row row, const Lane& lane) {
         Asked asked;

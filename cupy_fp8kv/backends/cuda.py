@@ -47,7 +47,7 @@ class PreparedDecode:
         split = plan.splits > 1
         self._params = params
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
-        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=True)
+        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=plan.early)
         if split:
             merge = compiler.load(MergeSpec(problem.q_format), device)
             self._merge = Launch(merge, problem.batch * problem.num_qo_heads, params, dependent=True)

@@ -13,6 +13,7 @@ from cupy_fp8kv.jit import tensor_map
 
 CASES = ring_cases(emulator.HOPPER)
 FEW = CASES[:: max(1, len(CASES) // 20)]
+FEW += [case for case in CASES if ring_plan(case, emulator.HOPPER).spec.heads == 4 and case not in FEW][:3]
 LONG = Case(group=3, num_kv_heads=2, kv_len=900, window_left=850, kv_lens="device", lens=(880,), sharpness=3.0, seed=4)
 
 

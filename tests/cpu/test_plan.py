@@ -197,9 +197,10 @@ def test_the_window_bounds_what_is_planned_for():
     ("changes", "takes_ring"),
     [
         ({}, True), ({"ragged": True}, False), ({"k_strides": (8192 * 1024, -1024, 128)}, False),
-        ({"v_strides": (0, 1024, 128)}, False), ({"kv_len": 1024}, False), ({"batch": 17}, False),
-        ({"head_dim": 256}, False), ({"num_qo_heads": 128}, True), ({"num_qo_heads": 512}, False),
-        ({"window": 2000}, False),
+        ({"v_strides": (0, 1024, 128)}, False), ({"kv_len": 1024}, True), ({"kv_len": 1023}, False),
+        ({"batch": 17}, False), ({"head_dim": 256}, False), ({"num_qo_heads": 128}, True),
+        ({"num_qo_heads": 512}, False), ({"window": 2000}, True), ({"window": 1000}, False),
+        ({"batch": 130, "kv_len": 2048}, True), ({"batch": 130, "kv_len": 2047}, False),
     ],
 )  # fmt: skip
 def test_a_ring_is_taken_where_it_was_found_faster(changes, takes_ring):
@@ -211,7 +212,10 @@ def test_a_ring_is_taken_where_it_was_found_faster(changes, takes_ring):
 
 @pytest.mark.parametrize(
     ("batch", "num_kv_heads", "kv_len", "heads", "splits"),
-    [(4, 32, 8192, 1, 1), (8, 32, 8192, 2, 1), (64, 8, 4096, 4, 1), (1, 32, 32768, 2, 8), (1, 8, 131072, 2, 33)],
+    [
+        (4, 32, 8192, 1, 1), (8, 32, 8192, 2, 1), (64, 8, 4096, 4, 1), (1, 32, 32768, 2, 8), (1, 8, 131072, 2, 33),
+        (1, 8, 32768, 1, 16), (1, 32, 1024, 1, 4), (1, 8, 1024, 1, 8), (64, 32, 1024, 2, 1),
+    ],
 )
 def test_heads_and_splits_of_a_ring(batch, num_kv_heads, kv_len, heads, splits):
     plan = plan_decode(problem(batch=batch, num_kv_heads=num_kv_heads, kv_len=kv_len), H100)
@@ -219,7 +223,7 @@ def test_heads_and_splits_of_a_ring(batch, num_kv_heads, kv_len, heads, splits):
 
 
 def test_strides_do_not_matter_without_a_ring():
-    one = problem(batch=3, kv_len=5000)
+    one = problem(batch=3, kv_len=5000, ragged=True)
     other = dataclasses.replace(one, k_strides=(1 << 40, 4096, 128), v_strides=(1, 2, 3), q_strides=(512, 256))
     assert plan_decode(one, H100) == plan_decode(other, H100)
 
@@ -242,7 +246,7 @@ def test_specs_are_few_and_distinct():
             v=rng.choice(list(KV_FORMATS)), soft_cap=rng.random() < 0.5,
         )  # fmt: skip
         found = specs(some, 90)
-        assert len(set(found)) == len(found) <= 7 and found[:3] == specs(some, 89)
+        assert len(set(found)) == len(found) <= 9 and found[:3] == specs(some, 89)
         assert len({str(spec) for spec in found}) == len(found)
 
 
