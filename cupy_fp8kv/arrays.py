@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -47,6 +48,7 @@ class Library:
 
     name = ""
     mutable = True
+    writes_freely = False  # whether any of its arrays can be written
 
     def read(self, array: Any) -> tuple[int, Signature]:
         """Address of the first element, and the signature."""
@@ -111,8 +113,26 @@ class NumpyLibrary(Library):
         return codes.view(_NUMPY_DTYPES[dtype])
 
 
+class _Kept(threading.local):
+    """A thread's workspaces for the default stream: (bytes, memory, address) by device.
+
+    An allocation costs as much as a launch. On the default stream, which can neither be captured nor destroyed, a
+    thread's calls run in order and can share one.
+    """
+
+    def __init__(self) -> None:
+        self._by_device: dict[int, tuple[int, Any, int]] = {}
+
+    def workspace(self, nbytes: int, device: int, allocate: Callable[[int, int], tuple[Any, int]]) -> tuple[Any, int]:
+        kept = self._by_device.get(device)
+        if kept is None or kept[0] < nbytes:
+            kept = self._by_device[device] = (nbytes, *allocate(nbytes, device))
+        return kept[1], kept[2]
+
+
 class CupyLibrary(Library):
     name = "cupy"
+    writes_freely = True
 
     def __init__(self, cupy: Any):
         self._cupy = cupy
@@ -121,6 +141,7 @@ class CupyLibrary(Library):
         self._current_stream = cupy.cuda.get_current_stream
         self._runtime = cupy.cuda.runtime
         self._captured: dict[tuple[int, int], list[Any]] = {}
+        self._kept = _Kept()
 
     def read(self, array: Any) -> tuple[int, Signature]:
         data = array.data
@@ -142,8 +163,13 @@ class CupyLibrary(Library):
         return array, array.data.ptr
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
-        if stream and self._runtime.streamIsCapturing(stream):
+        if not stream:
+            return self._kept.workspace(nbytes, device, self._allocate)
+        if self._runtime.streamIsCapturing(stream):
             return self._captured_workspace(nbytes, stream)
+        return self._allocate(nbytes, device)
+
+    def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
         memory = self._alloc(nbytes)
         return memory, memory.ptr
 
@@ -175,15 +201,9 @@ class CupyLibrary(Library):
         return self._cupy.ascontiguousarray(array, "float32")
 
 
-class _Kept(threading.local):
-    """A thread's workspaces: (bytes, tensor, address) by device."""
-
-    def __init__(self) -> None:
-        self.by_device: dict[int, tuple[int, Any, int]] = {}
-
-
 class TorchLibrary(Library):
     name = "torch"
+    writes_freely = True
 
     def __init__(self, torch: Any):
         self._torch = torch
@@ -226,14 +246,12 @@ class TorchLibrary(Library):
         return tensor, tensor.data_ptr()
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
-        if stream != 0:
-            return self.empty((nbytes,), "uint8", device)
-        # An allocation costs as much as a launch. On the default stream, which can neither be captured nor destroyed,
-        # a thread's calls run in order and can share one.
-        kept = self._kept.by_device.get(device)
-        if kept is None or kept[0] < nbytes:
-            kept = self._kept.by_device[device] = (nbytes, *self.empty((nbytes,), "uint8", device))
-        return kept[1], kept[2]
+        if stream:
+            return self._allocate(nbytes, device)
+        return self._kept.workspace(nbytes, device, self._allocate)
+
+    def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
+        return self.empty((nbytes,), "uint8", device)
 
     def to_numpy(self, array: Any) -> np.ndarray:
         tensor = array.detach().cpu()

@@ -78,7 +78,12 @@ def decode(
         for name, array in (("q", q), ("k", k), ("v", v)):
             arrays.read(library, array, name)
         raise
-    out_address, out_signature = _read_out(library, out) if out is not None else (0, None)
+    if out is None:
+        out_address, out_signature = 0, None
+    elif type(out) is type(q) and library.writes_freely:
+        out_address, out_signature = arrays.read(library, out, "out")
+    else:
+        out_address, out_signature = _read_out(library, out)
     # Values that compare equal to a checked one must not pass as it.
     if type(window_left) is not int or not -1 <= window_left < 2**31:
         window_left = _integer(window_left, "window_left")

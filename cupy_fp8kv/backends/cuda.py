@@ -29,6 +29,7 @@ class PreparedDecode:
         self.plan: Plan = plan_decode(problem, device_info(device))
         plan = self.plan
         self._runtime = require_cupy().cuda.runtime
+        self._current_device = self._runtime.getDevice
         params = ParamBlock(
             "DecodeParams", _DECODE_LEADING,
             q_stride_request=problem.q_strides[0], q_stride_head=problem.q_strides[1],
@@ -55,11 +56,11 @@ class PreparedDecode:
     def run(self, library: Library, values: tuple[int | float, ...]) -> None:
         """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""
         ensure_context(self._runtime, self.device)
-        if self._runtime.getDevice() != self.device:
+        if self._current_device() == self.device:
+            self._run(library, values)
+        else:
             with on_device(self._runtime, self.device):
                 self._run(library, values)
-        else:
-            self._run(library, values)
 
     def _run(self, library: Library, values: tuple[int | float, ...]) -> None:
         plan = self.plan
