@@ -2,13 +2,13 @@
 //
 // A warp takes 16 * kSubtiles rows of one cache head at a time. S^T = K Q^T has the rows of K as its rows and the query
 // heads as its columns; the weights are transposed in registers and O^T += V^T P^T keeps the columns where they are.
-// Rows come through a ring in shared memory that the copy engine fills (kStages > 0, sm_90 and later), for kHeads
+// Rows come through a ring in shared memory that the copy engine fills (kHasRing, sm_90 and later), for kHeads
 // neighbouring cache heads together; or from global memory straight into registers, where the next tile's rows are on
 // their way while a tile is worked on. The warps of a CTA take turns over its rows and combine at the end; CTAs that
 // share a request write partial results for merge.cu.
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
-// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kHeads, kStages,
+// Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kHeads, kHasRing,
 // kCtasPerSm, kAhead, kSoftCap and kSharedBytes. kAhead is how early the next tile is asked for, as far as registers
 // allow: 2, its K before this tile's products with Q and its V after those with the weights; 1, its K after the
 // products with Q; 0, K and V take turns in the registers, as they always do with a ring.
@@ -30,15 +30,13 @@ constexpr int kTileRows = 16 * kSubtiles;
 constexpr int kColumns = 8 * kColumnTiles;
 // Rows that the warps of a CTA take together, for each of its heads.
 constexpr int kTurnRows = kWarps / kHeads * kTileRows;
-constexpr bool kHasRing = kStages > 0;
 constexpr int kThreads = 32 * (kWarps + kHasRing);
 using KBox = RingBox<kHeadDim * KFormat::kBytes, kTurnRows, kHeads>;
 using VBox = RingBox<kHeadDim * VFormat::kBytes, kTurnRows, kHeads>;
-using KVRing = Ring<KBox, VBox, max_of(kStages, 1), kWarps>;
+using KVRing = Ring<KBox, VBox, kWarps>;
 // With little else to wait for, the chain of products is what a tile takes long for.
 constexpr int kChains = kHasRing && kSubtiles * kColumnTiles == 1 ? 2 : 1;
-constexpr int kRingBytes = kHasRing ? KVRing::kSharedBytes : 0;
-static_assert(kSharedBytes == kRingBytes + WarpCombine::kSharedBytes + Queries::kSharedBytes,
+static_assert(kSharedBytes == WarpCombine::kSharedBytes + Queries::kSharedBytes,
               "spec.py and the kernel disagree");
 static_assert(!kHasRing || kAhead == 0, "a ring is ahead by itself");
 
@@ -83,8 +81,10 @@ DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
     KVRing::Turn turn;
     int filled = 0;
     for (int row = range.begin + work.split * kTurnRows; row < range.end; row += step) {
-        ring.fill(turn, filled++ < kStages, &p.k_map, &p.v_map, row, work.head_team * kHeads, work.request);
-        turn.advance();
+        ring.fill<KBox>(turn, filled++ < p.stages, &p.k_map, row, work.head_team * kHeads, work.request);
+        ring.advance(turn);
+        ring.fill<VBox>(turn, filled++ < p.stages, &p.v_map, row, work.head_team * kHeads, work.request);
+        ring.advance(turn);
     }
 }
 
@@ -135,7 +135,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
         const bool more = next < range.end;
         float scores[kSubtiles][kColumnTiles][4] = {};
         if constexpr (kHasRing) {
-            const u8* box = ring.wait_for_k(turn);
+            const u8* box = ring.wait(turn);
             keys.load(KBox::rows(box, head_of_team, first_row, Keys::Slice::begin(lane.thread)), range, row, lane);
         }
         if constexpr (kAhead == 2) {
@@ -155,14 +155,17 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
         } else {
             queries.multiply<kChains>([&](int r, int s, u32(&a)[4]) { Queries::rows_of(keys, r, s, a); }, scores);
             // After what used the rows, so that their loads have ended.
-            if constexpr (kHasRing) ring.release_k(turn, lane);
+            if constexpr (kHasRing) {
+                ring.release(turn, lane);
+                ring.advance(turn);
+            }
             if (kAhead == 1 && more) keys.load(k_rows, range, next, lane);
             if (kAhead == 0 && !kHasRing) values.load(v_rows, range, row, lane);
         }
         to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
         columns.update(scores);
         if constexpr (kHasRing) {
-            const u8* box = ring.wait_for_v(turn);
+            const u8* box = ring.wait(turn);
             values.load(VBox::rows(box, head_of_team, first_row, Values::Slice::begin(lane.group)), range, row, lane);
         } else {
             // The compiler would wait for V before the exponentials, to pair its bytes early; nothing moves up across
@@ -179,8 +182,8 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             values.accumulate(r, weights, columns.out);
         }
         if constexpr (kHasRing) {
-            ring.release_v(turn, lane);
-            turn.advance();
+            ring.release(turn, lane);
+            ring.advance(turn);
         }
 
         if (kAhead > 0 && more) values.load(v_rows, range, next, lane);
@@ -219,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const 
     extern __shared__ __align__(1024) u8 shared[];
     const Lane lane = Lane::self();
     const Work work = Schedule::work(p, blockIdx.x);
-    const KVRing ring(shared);
+    const KVRing ring(shared, kHasRing ? p.stages : 0);
     if (kHasRing && lane.warp == kWarps) {
         const bool feeds = lane.index() == 0;
         if (feeds) ring.init(&p.k_map, &p.v_map);
@@ -229,5 +232,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const 
         return;
     }
     ptx::wait_for_previous_kernel();  // nothing before this reads memory
-    attend(p, work, ring, lane, shared + kRingBytes);
+    attend(p, work, ring, lane, shared + ring.bytes());
 }

@@ -43,6 +43,7 @@ struct DecodeParams {
     int group_size;          // Hq / Hkv
     int head_dim;            // D
     int num_kv_heads;        // Hkv
+    int stages;              // of a ring
     Divisor head_teams;      // Hkv / kHeads: CTAs that share the cache heads of one request
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from .formats import KV_FORMATS
 from .jit.spec import DecodeSpec
@@ -58,35 +57,45 @@ _MIN_TILE_BYTES = {16: 2560, 8: 5120}
 _MIN_FILL = 0.8
 
 
-class Use(Enum):
-    """What a ring is for: how CTAs share the device decides how much a ring should have in flight."""
+@dataclass(frozen=True)
+class RingTeam:
+    """What a CTA with a ring is: so many neighbouring cache heads, which NHD puts side by side, and warps."""
 
-    ONE_WAVE = "one wave"  # a CTA an SM; CTAs of neighbouring heads stay in step while little is in flight
-    WAVES = "waves"  # several CTAs an SM, one after another
-    SPLIT = "split"  # several CTAs share a request
+    heads: int
+    warps: int
+    ctas_per_sm: int
+    least_stages: int
 
 
-#: Cache heads of a CTA by the use of a ring, best first: in NHD neighbouring heads are read together. Measured on an
-#: H100: 2 to 5 % faster than loads into registers in one wave, 1 % in several, up to 10 % where a request is split.
-RING_TEAMS = ((Use.ONE_WAVE, 1), (Use.ONE_WAVE, 2), (Use.ONE_WAVE, 4), (Use.WAVES, 2), (Use.SPLIT, 2), (Use.SPLIT, 1))
-#: Bytes of a ring. Where CTAs stay in step, 96 KB are 1 to 2 % slower than 64.
-_RING_BYTES = {
-    (Use.ONE_WAVE, 1): 64 << 10, (Use.ONE_WAVE, 2): 64 << 10, (Use.ONE_WAVE, 4): 64 << 10, (Use.WAVES, 2): 96 << 10,
-    (Use.SPLIT, 2): 128 << 10, (Use.SPLIT, 1): 64 << 10,
-}  # fmt: skip
-#: Rows of a request below which starting and ending a CTA costs more than a ring gains, where requests are not split;
-#: in several waves, and with results of several query heads to bring together, twice as many.
+#: Rings in shared memory, filled by the copy engine: on an H100 2 to 6 % faster than loads into registers.
+_SINGLE = RingTeam(1, 8, 1, 3)
+_PAIR = RingTeam(2, 8, 1, 3)
+_TWO_PAIRS = RingTeam(2, 4, 2, 3)
+_SHORT = RingTeam(1, 4, 1, 6)
+_WIDE = RingTeam(1, 4, 1, 4)
+RING_TEAMS = (_SINGLE, _PAIR, _TWO_PAIRS, _SHORT)
+WIDE_RING_TEAMS = (_WIDE,)  # where a row of K and one of V have more than 256 bytes
+_WIDE_ROW_BYTES = 256
+_MOST_RING_ROW_BYTES = 512  # longer ones were not measured
+#: Bytes that all rings of the device together should have in flight. Less leaves memory idle; with more, CTAs fall out
+#: of step, and what is read at one time no longer lies close together: 2 % slower at 8 MB, 4 % at 16 MB, whether 72 or
+#: 256 CTAs share it.
+_RING_BYTES_IN_FLIGHT = 6.4e6
+_MOST_STAGES = 6
+#: Rows of a request below which starting and ending a CTA costs more than a ring gains, where requests are not split.
 RING_ROWS = 1024
-#: Bytes of an SM from which on a split request is read in teams of two heads, which need twice the merging.
-RING_TEAM_BYTES = 1.5e6
-_RING_STAGES = 2  # at least
-_MOST_RING_ROW_BYTES = 256  # of K and V together: longer rows were measured without gain
+#: The share of the places of one wave below which a request is split rather than read by rings with more in flight,
+#: and the share that every one of several waves must fill.
+MIN_RING_FILL = 0.5
+MIN_RING_WAVE_FILL = 0.9
+#: Bytes of an SM from which on a split request is read by pairs of heads, which need twice the merging.
+RING_PAIR_BYTES = 1.5e6
 _MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 224 in all
-#: A ring has its SM for itself: this share of them must have one, in every wave.
-MIN_RING_FILL = 0.9
-#: Warps that work on what a ring brings, and the least architecture that has the copy engine.
-_RING_WARPS = 8
+#: Bytes of a warp's share of a box.
+_RING_TILE_BYTES = 2048
+#: The least architecture that has the copy engine, and the shared memory of those of its devices that were measured.
 _RING_ARCH = 90
+_RING_SHARED_BYTES = 160 << 10
 #: Bytes of partial results that no plan exceeds.
 MAX_WORKSPACE = 16 << 20
 #: Splits shorter than this many rows are not worth a merge once every SM has work.
@@ -129,23 +138,35 @@ def _subtiles(problem: DecodeProblem, warps: int, column_tiles: int) -> list[int
 
 def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None) -> list[DecodeSpec]:
     """Every specialisation that some batch, length, number of heads and device of ``arch`` may use for this kind of
-    problem: straight to registers first, largest CTAs first. Given ``shared_per_block``, only rings that fit it."""
+    problem: straight to registers first, largest CTAs first; no rings if ``shared_per_block`` is too little.
+
+    Rings are listed with their least number of stages, which is not part of the kernel.
+    """
     spec, _ = _tile(problem)
-    rings = (_ring(spec, use, heads) for use, heads in RING_TEAMS) if arch >= _RING_ARCH else ()
-    fitting = (ring for ring in rings if ring and ring.shared_bytes <= (shared_per_block or ring.shared_bytes))
-    return [*_cta_sizes(spec), *dict.fromkeys(fitting)]
+    rings = [_ring(spec, team) for team in _ring_teams(spec)] if arch >= _RING_ARCH else []
+    if shared_per_block is not None and shared_per_block < _RING_SHARED_BYTES:
+        rings = []
+    return [*_cta_sizes(spec), *(ring for ring in rings if ring)]
 
 
-def _ring(spec: DecodeSpec, use: Use, heads: int) -> DecodeSpec | None:
-    """The kernel with a ring for ``heads`` neighbouring cache heads, or None where none was found to be faster."""
-    if spec.row_bytes > _MOST_RING_ROW_BYTES or (use == Use.SPLIT and spec.column_tiles > 1):
-        return None
-    most = _RING_BYTES[use, heads]
+def _ring_teams(spec: DecodeSpec) -> tuple[RingTeam, ...]:
+    """The teams that a ring may be for, by the length of the rows."""
+    if spec.row_bytes > _MOST_RING_ROW_BYTES:
+        return ()
+    return WIDE_RING_TEAMS if spec.row_bytes > _WIDE_ROW_BYTES else RING_TEAMS
+
+
+def _ring(spec: DecodeSpec, team: RingTeam) -> DecodeSpec | None:
+    """The kernel with a ring for ``team``, or None where it does not fit the registers."""
+    key_bytes = 16 * spec.head_dim * KV_FORMATS[spec.k].itemsize
     for subtiles in (4, 2, 1):
-        ring = replace(spec, warps=_RING_WARPS, ctas_per_sm=1, subtiles=subtiles, heads=heads, stages=_RING_STAGES)
-        fits = ring.stages * ring.stage_bytes <= most and ring.turn_rows <= MOST_BOX_ROWS
-        if fits and ring.fragment_registers[0] <= _MOST_FRAGMENTS:
-            return replace(ring, stages=most // ring.stage_bytes)
+        ring = replace(
+            spec, warps=team.warps, ctas_per_sm=team.ctas_per_sm, subtiles=subtiles, heads=team.heads,
+            stages=team.least_stages,
+        )  # fmt: skip
+        fits = subtiles * key_bytes <= _RING_TILE_BYTES and ring.turn_rows <= MOST_BOX_ROWS
+        if (fits or subtiles == 1) and ring.fragment_registers[0] <= _MOST_FRAGMENTS:
+            return ring
     return None
 
 
@@ -153,30 +174,54 @@ def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blo
     """A plan with a ring, or None where registers do as well."""
     # A CTA of several heads would make the longest of unequal requests last longer; column blocks read rows again, and
     # were not measured.
-    if device.arch < _RING_ARCH or problem.ragged or blocks > 1 or not problem.can_copy_boxes:
+    if device.arch < _RING_ARCH or device.shared_per_block < _RING_SHARED_BYTES:
         return None
+    if problem.ragged or blocks > 1 or not problem.can_copy_boxes:
+        return None
+    team, splits = _ring_team(problem, device, spec)
+    if team is None:
+        return None
+    ctas = problem.batch * problem.num_kv_heads // team.heads * splits
+    places = team.ctas_per_sm * device.sm_count
+    ring = _ring(spec, team)
+    if ring is None:
+        return None
+    # Rather some more than less.
+    stages = math.ceil(_RING_BYTES_IN_FLIGHT / (min(ctas, places) * ring.stage_bytes) - 0.2)
+    ring = replace(ring, stages=min(max(stages, team.least_stages), _MOST_STAGES))
+    pairs = f" in teams of {team.heads}" if team.heads > 1 else ""
+    pieces = ctas // splits
+    reason = f"{pieces} request heads{pairs} in {splits} splits: rings on {ctas} of {places} places"
+    return _finish(problem, device, ring, blocks, splits, reason)
+
+
+def _ring_team(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec) -> tuple[RingTeam | None, int]:
+    """Who reads a request with rings, and in how many splits; None: registers do as well."""
     sms = device.sm_count
-    for use, heads in RING_TEAMS:
-        ring = _ring(spec, use, heads)
-        if problem.num_kv_heads % heads or ring is None or ring.shared_bytes > device.shared_per_block:
+    teams = [team for team in _ring_teams(spec) if problem.num_kv_heads % team.heads == 0]
+    if problem.rows_read >= RING_ROWS:
+        for team in teams:
+            # The first that has a place for all; or several waves of the last.
+            fill = problem.batch * problem.num_kv_heads // team.heads / (team.ctas_per_sm * sms)
+            if team is not _SHORT and MIN_RING_FILL <= fill <= 1:
+                return team, 1
+        waves = next((team for team in teams if team in (_TWO_PAIRS, _WIDE)), None)
+        if waves:
+            ctas, places = problem.batch * problem.num_kv_heads // waves.heads, waves.ctas_per_sm * sms
+            if ctas > places and _fill(ctas, places) >= MIN_RING_WAVE_FILL:
+                return waves, 1
+    if spec.column_tiles > 1:
+        return None, 1  # splits were not measured
+    for team in teams:
+        if team in (_SINGLE, _TWO_PAIRS) or (team is _PAIR and problem.kv_bytes < RING_PAIR_BYTES * sms):
             continue
-        pieces = problem.batch * problem.num_kv_heads // heads
-        splits = 1
-        if use == Use.SPLIT:
-            turns = -(-problem.rows_read // ring.turn_rows)
-            splits = min(sms // max(pieces, 1), turns)
-            enough = splits > 1 and (heads == 1 or problem.kv_bytes >= RING_TEAM_BYTES * sms)
-            enough = enough and (splits == turns or pieces * splits >= MIN_RING_FILL * sms)
-        else:
-            waves = use == Use.WAVES
-            enough = waves == (pieces > sms) and _fill(pieces, sms) >= MIN_RING_FILL
-            enough = enough and problem.rows_read >= RING_ROWS * (2 if waves and problem.group_size > 1 else 1)
-        if enough:
-            teams = f" in teams of {heads}" if heads > 1 else ""
-            filled = min(pieces * splits, sms)
-            reason = f"{pieces} request heads{teams} in {splits} splits: a ring on {filled} of {sms} SMs ({use.value})"
-            return _finish(problem, device, ring, blocks, splits, reason)
-    return None
+        ring = _ring(spec, team)
+        pieces = problem.batch * problem.num_kv_heads // team.heads
+        if ring and pieces:
+            splits = min(sms // pieces, -(-problem.rows_read // ring.turn_rows))
+            if splits > 1:
+                return team, splits
+    return None, 1
 
 
 def _cta_sizes(spec: DecodeSpec) -> list[DecodeSpec]:

@@ -17,7 +17,7 @@ from cupy_fp8kv.problem import DecodeProblem
 
 _FACTORS: dict[str, tuple[Any, ...]] = {
     **FACTORS,
-    "head_dim": tuple(range(16, 129, 16)),
+    "head_dim": (*range(16, 129, 16), 192, 256),
     "group": (1, 2, 3, 5, 7, 8),
     "kv_len": (1, 63, 64, 65, 300, 1000),
     "k": ("e4m3", "e5m2", "e4m3", "f16", "bf16"),
@@ -28,17 +28,17 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def ring_plan(case: Case, device: DeviceInfo) -> Plan:
-    """The plan of a case, with a ring however short its requests are, for a use that depends on the case."""
+    """The plan of a case with a ring however short its requests are; which, and in how many splits, the seed says."""
     problem = dataclasses.replace(case.problem, ragged=False)
-    spec, blocks = plan._tile(problem)
-    at = case.seed % len(plan.RING_TEAMS)
-    for use, heads in (*plan.RING_TEAMS[at:], *plan.RING_TEAMS[:at]):
-        ring = plan._ring(spec, use, heads)
-        if ring and problem.num_kv_heads % heads == 0 and ring.shared_bytes <= device.shared_per_block:
-            turns = max(1, -(-problem.rows_read // ring.turn_rows))
-            splits = min(turns, 5) if use == plan.Use.SPLIT else 1
-            return plan._finish(problem, device, ring, blocks, splits, "a ring")
-    return plan.plan_decode(problem, device)
+    _, blocks = plan._tile(problem)
+    rings = [ring for ring in plan.specs(problem, 90, device.shared_per_block) if ring.stages]
+    rings = [ring for ring in rings if problem.num_kv_heads % ring.heads == 0]
+    if not rings:
+        return plan.plan_decode(problem, device)
+    ring = rings[case.seed % len(rings)]
+    ring = dataclasses.replace(ring, stages=ring.stages + case.seed % 3)
+    splits = min(1 + case.seed % 4, -(-problem.rows_read // ring.turn_rows))
+    return plan._finish(problem, device, ring, blocks, max(1, splits), "a ring")
 
 
 def take_ring(patch: pytest.MonkeyPatch, case: Case, device: DeviceInfo) -> None:

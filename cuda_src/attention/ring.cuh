@@ -1,10 +1,10 @@
-// A ring of tiles in shared memory, which the copy engine (TMA, sm_90 and later) keeps filling while warps read from
+// A ring of boxes in shared memory, which the copy engine (TMA, sm_90 and later) keeps filling while warps read from
 // it.
 //
-// One thread asks for boxes of ROWS rows of HEADS neighbouring cache heads, K and V in turn, as far ahead as the ring
-// is long: bytes in flight cost no registers, and rows of neighbouring heads, which NHD puts side by side, are read
-// together. A stage has four barriers: K and V are filled, which counts the bytes of a copy, and K and V are free,
-// which counts the warps that are done with them.
+// One thread asks for boxes of ROWS rows of HEADS neighbouring cache heads, of K and of V in turn, as far ahead as the
+// ring is long: bytes in flight cost no registers, and rows of neighbouring heads, which NHD puts side by side, are
+// read together. A stage holds one box and has two barriers: filled, which counts the bytes of a copy, and free, which
+// counts the warps that are done with the box.
 #pragma once
 #include "mask.cuh"
 
@@ -49,27 +49,25 @@ struct RingBox {
     }
 };
 
-template <class KBox, class VBox, int STAGES, int WARPS>
+template <class KBox, class VBox, int WARPS>
 class Ring {
   public:
-    static constexpr int kStageBytes = KBox::kPitch + VBox::kPitch;
-    static constexpr int kBarrierBytes = 4 * STAGES * 8;
-    static constexpr int kSharedBytes = STAGES * kStageBytes + kBarrierBytes;
+    static constexpr int kStageBytes = max_of(KBox::kPitch, VBox::kPitch);
 
-    // `shared`: kSharedBytes, aligned to 1024.
-    explicit DEVICE Ring(u8* shared)
-        : stages_(shared), barriers_(reinterpret_cast<u64*>(shared + STAGES * kStageBytes)) {}
+    // `shared`: bytes() of them, aligned to 1024.
+    DEVICE Ring(u8* shared, int stages)
+        : count_(stages), boxes_(shared), barriers_(reinterpret_cast<u64*>(shared + stages * kStageBytes)) {}
+
+    DEVICE int bytes() const { return count_ * (kStageBytes + 2 * 8); }
 
     // To be called by the thread that feeds, before the others meet it at a barrier. Fetches the descriptions of the
     // caches meanwhile.
     DEVICE void init(const TensorMap* k, const TensorMap* v) const {
         ptx::prefetch_tensor_map(k);
         ptx::prefetch_tensor_map(v);
-        for (int s = 0; s < STAGES; s++) {
-            ptx::barrier_init(barrier(kFilled, kK, s), 1);
-            ptx::barrier_init(barrier(kFilled, kV, s), 1);
-            ptx::barrier_init(barrier(kFree, kK, s), WARPS);
-            ptx::barrier_init(barrier(kFree, kV, s), WARPS);
+        for (int s = 0; s < count_; s++) {
+            ptx::barrier_init(filled(s), 1);
+            ptx::barrier_init(free(s), WARPS);
         }
         ptx::barrier_init_done();
     }
@@ -78,56 +76,39 @@ class Ring {
     struct Turn {
         int stage = 0;
         u32 parity = 0;
-
-        DEVICE void advance() {
-            if (++stage == STAGES) stage = 0, parity ^= 1;
-        }
     };
 
-    // Asks for a box of K and one of V once the warps are done with what was there; `first`: nothing was there yet.
-    DEVICE void fill(const Turn& turn, bool first, const TensorMap* k, const TensorMap* v, int row, int head,
-                     int request) const {
-        fill_one<KBox>(turn, first, kK, k, row, head, request);
-        fill_one<VBox>(turn, first, kV, v, row, head, request);
+    DEVICE void advance(Turn& turn) const {
+        if (++turn.stage == count_) turn.stage = 0, turn.parity ^= 1;
     }
 
-    DEVICE const u8* wait_for_k(const Turn& turn) const { return wait_for(turn, kK); }
-    DEVICE const u8* wait_for_v(const Turn& turn) const { return wait_for(turn, kV); }
+    // Asks for a box once the warps are done with what was there; `first`: nothing was there yet.
+    template <class Box>
+    DEVICE void fill(const Turn& turn, bool first, const TensorMap* map, int row, int head, int request) const {
+        if (!first) ptx::barrier_wait(free(turn.stage), turn.parity ^ 1);
+        ptx::barrier_arrive_expecting(filled(turn.stage), Box::kBytes);
+        ptx::copy_box(box(turn.stage), map, 0, 0, head, row, request, filled(turn.stage));
+    }
 
-    // A warp is done with K, or V: what it loaded has arrived, because it has been used. A load that has only been
+    // The box, once it is there.
+    DEVICE const u8* wait(const Turn& turn) const {
+        ptx::barrier_wait(filled(turn.stage), turn.parity);
+        return box(turn.stage);
+    }
+
+    // A warp is done with a box: what it loaded has arrived, because it has been used. A load that has only been
     // issued may still be on its way when the copy engine writes the next box.
-    DEVICE void release_k(const Turn& turn, const Lane& lane) const { release(turn, kK, lane); }
-    DEVICE void release_v(const Turn& turn, const Lane& lane) const { release(turn, kV, lane); }
+    DEVICE void release(const Turn& turn, const Lane& lane) const {
+        ptx::sync_warp();
+        if (lane.index() == 0) ptx::barrier_arrive(free(turn.stage));
+    }
 
   private:
-    static constexpr int kFilled = 0, kFree = 1, kK = 0, kV = 1;
+    DEVICE u8* box(int stage) const { return boxes_ + stage * kStageBytes; }
+    DEVICE u64* filled(int stage) const { return barriers_ + stage; }
+    DEVICE u64* free(int stage) const { return barriers_ + count_ + stage; }
 
-    template <class Box>
-    DEVICE void fill_one(const Turn& turn, bool first, int which, const TensorMap* map, int row, int head,
-                         int request) const {
-        u64* filled = barrier(kFilled, which, turn.stage);
-        if (!first) ptx::barrier_wait(barrier(kFree, which, turn.stage), turn.parity ^ 1);
-        ptx::barrier_arrive_expecting(filled, Box::kBytes);
-        ptx::copy_box(box(turn, which), map, 0, 0, head, row, request, filled);
-    }
-
-    DEVICE const u8* wait_for(const Turn& turn, int which) const {
-        ptx::barrier_wait(barrier(kFilled, which, turn.stage), turn.parity);
-        return box(turn, which);
-    }
-
-    DEVICE void release(const Turn& turn, int which, const Lane& lane) const {
-        ptx::sync_warp();
-        if (lane.index() == 0) ptx::barrier_arrive(barrier(kFree, which, turn.stage));
-    }
-
-    DEVICE u8* box(const Turn& turn, int which) const {
-        return stages_ + turn.stage * kStageBytes + which * KBox::kPitch;
-    }
-    DEVICE u64* barrier(int what, int which, int stage) const {
-        return barriers_ + (2 * what + which) * STAGES + stage;
-    }
-
-    u8* stages_;
+    int count_;
+    u8* boxes_;
     u64* barriers_;
 };

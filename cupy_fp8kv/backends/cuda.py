@@ -39,7 +39,7 @@ class PreparedDecode:
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
-            num_kv_heads=problem.num_kv_heads,
+            num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages,
             **divisors(
                 head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
                 splits=plan.splits,

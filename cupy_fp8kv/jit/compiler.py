@@ -68,13 +68,15 @@ def _load(spec: Spec, device: int) -> Kernel:
             handle = raw.kernel.ptr
         except cupy.cuda.compiler.CompileException as error:
             raise RuntimeError(f"NVRTC cannot compile {spec} for sm_{arch}:\n{error.get_message()}") from error
-        shared = spec.shared_bytes
+        shared = most = spec.shared_bytes
         if isinstance(spec, DecodeSpec) and spec.stages:
+            # Rings of more stages are the same function.
+            most = info.shared_per_block
             # Half of an SM and a little: a CTA that starts while the kernel before it still runs must not join another
             # of its own, while SMs stay without one.
-            shared = max(shared, info.shared_per_block // 2)
-        if shared > _FREE_SHARED_BYTES:
-            raw.max_dynamic_shared_size_bytes = shared
+            shared = max(shared, info.shared_per_block // 2 if spec.ctas_per_sm == 1 else 0)
+        if most > _FREE_SHARED_BYTES:
+            raw.max_dynamic_shared_size_bytes = most
     return Kernel(spec, device, handle, spec.threads, shared, raw)
 
 

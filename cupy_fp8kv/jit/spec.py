@@ -34,7 +34,7 @@ class DecodeSpec:
     warps: int  # that work on rows; a ring has one more, which fills it
     ctas_per_sm: int
     heads: int = 1  # neighbouring cache heads that a CTA works on
-    stages: int = 0  # of the ring of tiles in shared memory; 0: rows go straight to registers
+    stages: int = 0  # of a ring of boxes in shared memory, which the kernel is told; 0: rows go straight to registers
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
@@ -89,10 +89,9 @@ class DecodeSpec:
 
     @property
     def stage_bytes(self) -> int:
-        """Bytes of one stage of a ring: a box of K and one of V, see attention/ring.cuh."""
-        rows = self.heads * self.turn_rows
-        boxes = (rows * self.head_dim * KV_FORMATS[name].itemsize for name in (self.k, self.v))
-        return sum(-(-box // 1024) * 1024 for box in boxes)
+        """Bytes of one stage of a ring: a box of K or one of V, see attention/ring.cuh."""
+        row_bytes = self.head_dim * max(KV_FORMATS[name].itemsize for name in (self.k, self.v))
+        return -(-self.heads * self.turn_rows * row_bytes // 1024) * 1024
 
     @property
     def row_bytes(self) -> int:
@@ -101,7 +100,12 @@ class DecodeSpec:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA; the kernel asserts that it comes to the same figure."""
+        """Dynamic shared memory of a CTA."""
+        return self.stages * (self.stage_bytes + 2 * 8) + self._fixed_shared_bytes
+
+    @property
+    def _fixed_shared_bytes(self) -> int:
+        """Shared memory beside a ring's; the kernel asserts that it comes to the same figure."""
         steps = self.head_dim // 16
         query = self.heads * self.column_tiles * (steps * self.query_terms * 32 * 8 + 8 * 4)
         states = self.warps * self.column_tiles * 8 * 8
@@ -109,8 +113,7 @@ class DecodeSpec:
         tile = self.warps * 8 * (20 * min(steps, 8) + 4) * 4
         most = 84_000 if self.ctas_per_sm == 1 else 64_000 // self.ctas_per_sm
         tiles = self.column_tiles if self.column_tiles * tile <= most else 1
-        ring = self.stages * (self.stage_bytes + 4 * 8)
-        return query + ring + states + tiles * tile
+        return query + states + tiles * tile
 
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
@@ -122,15 +125,20 @@ class DecodeSpec:
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
-            kHeads=self.heads, kStages=self.stages, kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
-            kSoftCap=self.soft_cap, kSharedBytes=self.shared_bytes,
+            kHeads=self.heads, kHasRing=self.stages > 0, kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
+            kSoftCap=self.soft_cap, kSharedBytes=self._fixed_shared_bytes,
         )  # fmt: skip
-        return _software(self.software_fp8) + sources.render(str(self), headers, lines, "decode.cu")
+        return _software(self.software_fp8) + sources.render(self._title, headers, lines, "decode.cu")
 
     def __str__(self) -> str:
+        return f"{self._title[:-1]} stages={self.stages}]" if self.stages else self._title
+
+    @property
+    def _title(self) -> str:
+        """What the kernel is; how many stages a ring has is not part of it."""
         flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))
         position = "" if self.position == "NONE" else f" {self.position}"
-        ring = f" heads={self.heads} stages={self.stages}" if self.stages else ""
+        ring = f" ring heads={self.heads}" if self.stages else ""
         return (
             f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
             f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{ring}{position}{flags}]"

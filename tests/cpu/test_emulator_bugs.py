@@ -212,23 +212,23 @@ BUGS = [
     # The ring
     Bug(
         "a box that is not waited for", (PLAIN, THREAD), "attention/ring.cuh",
-        "        ptx::barrier_wait(barrier(kFilled, which, turn.stage), turn.parity);\n", "", ring,
+        "        ptx::barrier_wait(filled(turn.stage), turn.parity);\n", "", ring,
     ),
     Bug(
         "a box filled without waiting", (PLAIN,), "attention/ring.cuh", "if (!first) ptx::barrier_wait",
         "if (false) ptx::barrier_wait", ring, "more arrivals at a barrier than it counts",
     ),
     Bug(
-        "a box filled while a warp reads it", (THREAD,), "attention/ring.cuh", "barrier(kFree, kK, s), WARPS",
-        "barrier(kFree, kK, s), WARPS - 1", ring,
+        "a box filled while a warp reads it", (THREAD,), "attention/ring.cuh", "(free(s), WARPS)",
+        "(free(s), WARPS - 1)", ring,
     ),
     Bug(
-        "a warp that never comes", (PLAIN,), "attention/ring.cuh", "barrier(kFree, kV, s), WARPS",
-        "barrier(kFree, kV, s), WARPS + 1", ring, "deadlock",
+        "a warp that never comes", (PLAIN,), "attention/ring.cuh", "(free(s), WARPS)", "(free(s), WARPS + 1)", ring,
+        "deadlock",
     ),
     Bug(
-        "bytes that never come", (PLAIN,), "attention/ring.cuh", "(filled, Box::kBytes)", "(filled, Box::kBytes + 16)",
-        ring, "deadlock",
+        "bytes that never come", (PLAIN,), "attention/ring.cuh", "(filled(turn.stage), Box::kBytes)",
+        "(filled(turn.stage), Box::kBytes + 16)", ring, "deadlock",
     ),
     Bug(
         "chunks exchanged otherwise", (PLAIN,), "attention/ring.cuh", "kPieceBytes == 128 ? 7",
