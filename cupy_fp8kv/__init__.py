@@ -12,6 +12,7 @@ from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
+from .tuning.tune import TuneResult, tune
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "DeviceInfo",
     "Explanation",
     "KVFormat",
+    "TuneResult",
     "__version__",
     "batch_decode_with_padded_kv_cache",
     "batch_decode_with_padded_kv_cache_return_lse",
@@ -27,5 +29,6 @@ __all__ = [
     "explain",
     "quantize",
     "single_decode_with_kv_cache",
+    "tune",
     "warmup",
 ]

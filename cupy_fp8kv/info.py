@@ -13,6 +13,7 @@ from typing import Any
 from . import __version__, terminal
 from .formats import KV_FORMATS
 from .jit import sources
+from .jit.compiler import cache_folder
 from .jit.device import cupy_problem
 from .positions import POSITION_MODES
 
@@ -63,11 +64,6 @@ def _loaded_library(stem: str) -> str | None:
     except OSError:
         return None
     return next((line.split(maxsplit=5)[5] for line in lines if f"/{stem}" in line), None)
-
-
-def cache_folder() -> Path:
-    """Where CuPy keeps compiled kernels."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 def _writable(folder: Path) -> bool:

@@ -155,7 +155,7 @@ def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blo
         if splits and MIN_RING_FILL * sms <= pieces * splits <= sms:
             teams = f" in teams of {heads}" if heads > 1 else ""
             reason = f"{pieces} request heads{teams} in {splits} splits: a ring on {pieces * splits} of {sms} SMs"
-            return _finish(problem, device, ring, blocks, splits, reason)
+            return finish_plan(problem, device, ring, blocks, splits, reason)
     return None
 
 
@@ -202,10 +202,10 @@ def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
         spec, slots = choices[best]
         splits = splits_of(spec, slots)
         reason = f"{pieces} request heads in {splits} splits fill {filled[best]:.0%} of {slots} slots in one wave"
-    return _finish(problem, device, spec, blocks, splits, reason)
+    return finish_plan(problem, device, spec, blocks, splits, reason)
 
 
-def _finish(
+def finish_plan(
     problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int, splits: int, reason: str
 ) -> Plan:
     """The plan that these choices make. RuntimeError if the device lacks the shared memory."""

@@ -1,18 +1,23 @@
 """Compilation: a specialisation in, a function on a device out, through CuPy RawModules and NVRTC.
 
-Kernels are compiled when first used, one at a time, and kept on disk by CuPy under the whole inlined source as the key.
+Kernels are compiled when first used, each once, and kept on disk by CuPy under the whole inlined source as the key.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .device import device_info, on_device, require_cupy
+from .device import device_info, ensure_context, on_device, require_cupy
 from .spec import Spec
 
 OPTIONS = ("-std=c++17",)
@@ -23,7 +28,8 @@ _FREE_SHARED_BYTES = 48 * 1024
 #: A compilation that takes longer says what is going on.
 _SILENT_SECONDS = 1.0
 
-_lock = threading.RLock()
+#: What several threads need is compiled once, and different kernels side by side.
+_locks: dict[tuple[Spec, int], threading.Lock] = {}
 _modules: dict[str, Any] = {}
 _kernels: dict[tuple[Spec, int], Kernel] = {}
 
@@ -46,22 +52,45 @@ def load(spec: Spec, device: int) -> Kernel:
     RuntimeError with NVRTC's log and the specialisation if the compilation fails.
     """
     kernel = _kernels.get((spec, device))
-    if kernel is None:
-        with _lock:
-            kernel = _kernels.get((spec, device))
-            if kernel is None:
-                kernel = _kernels[spec, device] = _load(spec, device)
+    return kernel if kernel is not None else _load_once(spec, device)
+
+
+def load_all(specs: Sequence[Spec], device: int, advance: Callable[[], object] = lambda: None) -> list[Kernel]:
+    """:func:`load` for many at once, on all cores; ``advance`` is called after each, in this thread."""
+    runtime = require_cupy().cuda.runtime
+
+    def load_one(spec: Spec) -> Kernel:
+        ensure_context(runtime, device)
+        return _load_once(spec, device, quiet=True)
+
+    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, len(specs)))) as pool:
+        loading = [pool.submit(load_one, spec) for spec in specs]
+        try:
+            for done in as_completed(loading):
+                done.result()
+                advance()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [done.result() for done in loading]
+
+
+def _load_once(spec: Spec, device: int, quiet: bool = False) -> Kernel:
+    with _locks.setdefault((spec, device), threading.Lock()):
+        kernel = _kernels.get((spec, device))
+        if kernel is None:
+            kernel = _kernels[spec, device] = _load(spec, device, quiet)
     return kernel
 
 
-def _load(spec: Spec, device: int) -> Kernel:
+def _load(spec: Spec, device: int, quiet: bool = False) -> Kernel:
     cupy = require_cupy()
     arch = device_info(device).arch
     source = spec.source()
     module = _modules.get(source)
     if module is None:
         module = _modules[source] = cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc")
-    with on_device(cupy.cuda.runtime, device), _Progress(spec, arch):
+    with on_device(cupy.cuda.runtime, device), nullcontext() if quiet else _Progress(spec, arch):
         try:
             raw = module.get_function(spec.entry)
             handle = raw.kernel.ptr
@@ -88,6 +117,11 @@ class _Progress:
 
     def __exit__(self, *exc: object) -> None:
         self._timer.cancel()
+
+
+def cache_folder() -> Path:
+    """Where CuPy keeps compiled kernels."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 @dataclass(frozen=True)
