@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import dispatch
-from ..arrays import HOST
+from ..arrays import HOST, adopt
 from ..backends.cuda import PreparedDecode
 from ..bench.timing import capture, l2_bytes, sets_needed
 from ..formats import KV_FORMATS
@@ -45,7 +45,7 @@ class Call:
     held: Any  # keeps the memory behind the addresses
 
     @classmethod
-    def of(cls, batched: bool, q: Any, k: Any, v: Any, *options: Any) -> Call:
+    def of(cls, **arguments: Any) -> Call:
         """The call with these arguments of ``dispatch.decode``, checked like any other; nothing is launched."""
         found: list[Any] = []
 
@@ -58,9 +58,21 @@ class Call:
             instead.run = lambda library, values: found.extend((prepared.problem, prepared.device, values))
             return instead
 
-        results = dispatch.decode(batched, q, k, v, *options, probe)
+        results = dispatch.decode(**arguments, probe=probe)
         problem, device, values = found
-        return cls(problem, device, values, (results, q, k, v, options))
+        return cls(problem, device, values, (results, arguments))
+
+    @classmethod
+    def padded(cls, q: Any, k: Any, v: Any, kv_layout: str = "NHD", **options: Any) -> Call:
+        """A call of ``batch_decode_with_padded_kv_cache``, or of ``single_decode_with_kv_cache`` if q has two axes."""
+        arguments: dict[str, Any] = {
+            "pos_encoding_mode": "NONE", "q_scale": None, "k_scale": None, "v_scale": None, "window_left": -1,
+            "logits_soft_cap": None, "sm_scale": None, "kv_format": None, **options,
+        }  # fmt: skip
+        return cls.of(
+            batched=len(adopt(q, "q").shape) == 3, q=q, k=k, v=v, kv_layout=kv_layout, kv_lens=None, return_lse=True,
+            lse_base="2", out=None, backend="cuda", **arguments,
+        )  # fmt: skip
 
 
 class _Arena:

@@ -93,15 +93,15 @@ def load(problem: DecodeProblem, device: DeviceInfo) -> Record | None:
         return _read(path, problem, device)
     except FileNotFoundError:
         return None
-    except (OSError, _Unusable) as error:
+    except (OSError, _UnusableError) as error:
         why = str(error)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         why = f"is not what tune writes ({type(error).__name__}: {error})"
     warnings.warn(f"cupy_fp8kv: a tuned plan is ignored: {path} {why}", RuntimeWarning, stacklevel=2)
     return None
 
 
-class _Unusable(Exception):
+class _UnusableError(Exception):
     """What is wrong with a file that is whole."""
 
 
@@ -109,16 +109,16 @@ def _read(path: Path, problem: DecodeProblem, device: DeviceInfo) -> Record:
     content = json.loads(path.read_text(encoding="utf-8"))
     measured_on = _measured_on()
     if {name: content[name] for name in measured_on} != measured_on:
-        raise _Unusable("was measured with other kernels than these; tune again")
+        raise _UnusableError("was measured with other kernels than these; tune again")
     if content["problem"] != _facts(problem) or content["device"] != asdict(device):
-        raise _Unusable("is about another problem or device")
+        raise _UnusableError("is about another problem or device")
     choice, splits = {name: content["plan"][name] for name in _CHOSEN}, content["plan"]["splits"]
     us, planned_us, count = float(content["us"]), float(content["planned_us"]), int(content["options"])
     for plan in plan_options(problem, device):
         if plan.splits == splits and choice == {name: getattr(plan.spec, name) for name in _CHOSEN}:
             reason = f"tuned here: the best of {count} options, {us:.2f} µs against {planned_us:.2f} µs as planned"
             return Record(replace(plan, reason=reason), us, planned_us, count)
-    raise _Unusable("names a plan that is no option")
+    raise _UnusableError("names a plan that is no option")
 
 
 def tuned_plan(problem: DecodeProblem, device: DeviceInfo) -> Plan | None:

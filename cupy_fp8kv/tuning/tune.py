@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import arrays, dispatch
+from .. import dispatch
 from ..jit import compiler, sources
 from ..jit.device import cupy_problem, device_info
 from ..jit.spec import MergeSpec, Spec
@@ -155,10 +155,10 @@ def tune(
     """
     if problem := cupy_problem():
         raise RuntimeError(f"tune needs a GPU to measure on: {problem}")
-    batched = len(arrays.adopt(q, "q").shape) == 3
-    call = Call.of(
-        batched, q, k_padded, v_padded, kv_layout, pos_encoding_mode, q_scale, k_scale, v_scale, window_left,
-        logits_soft_cap, sm_scale, None, kv_format, True, "2", None, "cuda",
+    call = Call.padded(
+        q, k_padded, v_padded, kv_layout, pos_encoding_mode=pos_encoding_mode, q_scale=q_scale, k_scale=k_scale,
+        v_scale=v_scale, window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=sm_scale,
+        kv_format=kv_format,
     )  # fmt: skip
     result = tune_call(call, progress)
     return keep(result) if save else result
@@ -170,9 +170,9 @@ def tune_call(call: Call, progress: Progress | None = None) -> TuneResult:
     info = device_info(call.device)
     options = plan_options(call.problem, info)
     planned = options[0]
-    compile_plans(options, call.problem.q_format, call.device, _counter("compiling", progress))
+    compile_plans(options, call.problem.q_format, call.device, counter("compiling", progress))
     contest = GpuContest(call)
-    tried = search(options, contest, _counter("timing", progress)(len(options)))
+    tried = search(options, contest, counter("timing", progress)(len(options)))
     planned_us = next(one.us for one in tried if one.plan is planned)
     plan, us = planned, planned_us
     if tried[0].us * (1 + _MIN_GAIN) < planned_us:
@@ -200,7 +200,7 @@ def compile_plans(plans: Iterable[Plan], q_format: str, device: int, counter: _C
     compiler.load_all(specs, device, counter(len(specs)))
 
 
-def _counter(what: str, progress: Progress | None) -> _Counter:
+def counter(what: str, progress: Progress | None) -> _Counter:
     """For a number of things to do, the function to call after each of them."""
 
     def start(total: int) -> Callable[[], object]:
