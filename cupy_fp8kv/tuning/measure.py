@@ -227,7 +227,8 @@ def wrong_rows(xp: Any, got: tuple[Any, Any], want: tuple[Any, Any], tolerance: 
     (out, lse), (want_out, want_lse) = got, want
 
     def difference(a: Any, b: Any) -> Any:
-        return xp.where((a == b) | (xp.isnan(a) & xp.isnan(b)), 0, a - b)
+        same = (a == b) | (xp.isnan(a) & xp.isnan(b))  # infinities, too
+        return xp.where(same, 0, a) - xp.where(same, 0, b)
 
     off = (difference(out, want_out) ** 2).sum(-1)
     size = (xp.where(xp.isfinite(want_out), want_out, 0) ** 2).sum(-1)

@@ -21,16 +21,19 @@ _SUBTILES = (1, 2, 4)
 #: Warps of a CTA with a ring, and CTAs of an SM; cache heads of a CTA; bytes of the rings of an SM, and their stages.
 _RING_SHAPES = ((8, 1), (16, 1), (4, 2), (8, 2))
 _RING_HEADS = (1, 2, 4, 8)
-_RING_BYTES = (64 << 10, 96 << 10, 128 << 10, 192 << 10)
+_RING_BYTES = (64 << 10, 128 << 10, 192 << 10)
 _RING_STAGES = range(2, 9)
 _RING_ARCH = 90
-#: Of 65536 registers of an SM, those that a thread of a ring needs beside its fragments; measured with NVRTC 12.9.
-_OTHER_RING_REGISTERS = 18
+#: Registers that a thread of a ring needs beside its fragments: on sm_90 with rows of K and V of up to so many bytes
+#: together, and otherwise. Measured with NVRTC 12.9 on sm_90, sm_100 and sm_120.
+_SHORT_ROW_BYTES = 256
+_OTHER_RING_REGISTERS = {True: 18, False: 56}
 #: Fragment registers with which 16 warps do not spill, likewise.
 _FRAGMENTS_OF_16_WARPS = 108
 #: What the system takes of an SM's shared memory for each CTA.
 _RESERVED_SHARED = 1024
-#: Wider groups are not tried as tiles of eight columns if those of sixteen fit: every tile reads the rows again.
+#: Wider groups are not tried as tiles of eight columns if those of sixteen fit, and rings never: every tile reads the
+#: rows again.
 _MOST_NARROW_GROUP = 32
 #: Up to so many splits in one wave all numbers are tried, beyond it those that leave the CTAs equal work.
 _ALL_SPLITS = 12
@@ -85,16 +88,15 @@ def _pieces(problem: DecodeProblem, spec: DecodeSpec) -> int:
 def spec_options(problem: DecodeProblem, device: DeviceInfo) -> list[DecodeSpec]:
     """The kernels that fit the problem, the registers and the device: straight to registers first, then rings."""
     base = replace(plan_decode(problem, device).spec, heads=1, stages=0)
-    found: list[DecodeSpec] = []
+    registers: list[DecodeSpec] = []
+    rings: list[DecodeSpec] = []
     for column_tiles in (2, 1) if problem.group_size > 8 else (1,):
-        if found and problem.group_size > _MOST_NARROW_GROUP:
-            break
         tile = replace(base, column_tiles=column_tiles)
-        found += _register_specs(tile)
-        if device.arch >= _RING_ARCH and problem.can_copy_boxes:
-            found += _ring_specs(tile, problem.num_kv_heads)
-    fitting = [spec for spec in found if _fits_shared_memory(spec, device)]
-    return sorted(fitting, key=lambda spec: spec.stages > 0)
+        if not registers or problem.group_size <= _MOST_NARROW_GROUP:
+            registers += _register_specs(tile)
+        if not rings and device.arch >= _RING_ARCH and problem.can_copy_boxes:
+            rings += _ring_specs(tile, problem.num_kv_heads, device.arch)
+    return [spec for spec in registers + rings if _fits_shared_memory(spec, device)]
 
 
 def _fits_shared_memory(spec: DecodeSpec, device: DeviceInfo) -> bool:
@@ -115,25 +117,24 @@ def _register_specs(tile: DecodeSpec) -> Iterator[DecodeSpec]:
                 yield from (replace(whole, warps=all_warps // ctas, ctas_per_sm=ctas) for ctas in _CTAS_PER_SM)
 
 
-def _ring_specs(tile: DecodeSpec, num_kv_heads: int) -> Iterator[DecodeSpec]:
+def _ring_specs(tile: DecodeSpec, num_kv_heads: int, arch: int) -> Iterator[DecodeSpec]:
     for warps, ctas in _RING_SHAPES:
         for subtiles in _SUBTILES:
             for heads in _RING_HEADS:
                 if num_kv_heads % heads or warps % heads:
                     continue
                 one = replace(tile, subtiles=subtiles, warps=warps, ctas_per_sm=ctas, heads=heads, stages=1)
-                if one.turn_rows > MOST_BOX_ROWS or one.fragment_registers[0] > _most_ring_fragments(one):
+                if one.turn_rows > MOST_BOX_ROWS or one.fragment_registers[0] > _most_ring_fragments(one, arch):
                     continue
-                # Several sizes can come to the same number of stages.
-                for stages in dict.fromkeys(nbytes // ctas // one.stage_bytes for nbytes in _RING_BYTES):
-                    if stages in _RING_STAGES:
-                        yield replace(one, stages=stages)
+                # Several sizes can come to the same number of stages; two always do, however long they are.
+                stages = (nbytes // ctas // one.stage_bytes for nbytes in _RING_BYTES)
+                yield from (replace(one, stages=n) for n in dict.fromkeys((2, *stages)) if n in _RING_STAGES)
 
 
-def _most_ring_fragments(spec: DecodeSpec) -> int:
+def _most_ring_fragments(spec: DecodeSpec, arch: int) -> int:
     # Registers are handed out to four warps at a time, in steps of eight a thread.
     warps = -(-spec.threads // 32 * spec.ctas_per_sm // 4) * 4
-    return 65536 // (32 * warps) // 8 * 8 - _OTHER_RING_REGISTERS
+    return 65536 // (32 * warps) // 8 * 8 - _OTHER_RING_REGISTERS[arch < 100 and spec.row_bytes <= _SHORT_ROW_BYTES]
 
 
 # Splits
