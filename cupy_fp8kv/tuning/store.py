@@ -91,7 +91,7 @@ def load(problem: DecodeProblem, device: DeviceInfo) -> Record | None:
     path = _path(problem, device)
     try:
         return _read(path, problem, device)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, _UnusableError) as error:
         why = str(error)

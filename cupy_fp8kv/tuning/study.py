@@ -86,15 +86,15 @@ def run(shapes: Sequence[Shape], seconds: float) -> list[Outcome]:
     device = cupy.cuda.runtime.getDevice()
     outcomes = []
     with terminal.progress() as bars:
-        task = bars.add_task("shapes", total=len(shapes))
+        task, parts = bars.add_task("shapes", total=len(shapes)), Bars(bars)
         # All at once, so that no core waits for a shape's last kernel.
         plans = [plan for shape in shapes for plan in plan_options(problem_of(shape), device_info(device))]
-        compile_plans(plans, "f16", device, counter("compiling", Bars(bars)))
+        compile_plans(plans, "f16", device, counter("compiling", parts))
         filler = Filler()
         for shape in shapes:
             if time.perf_counter() - started > seconds:
                 break
-            outcomes.append(Outcome(shape, tune_call(call_of(shape, filler), Bars(bars))))
+            outcomes.append(Outcome(shape, tune_call(call_of(shape, filler), parts)))
             cupy.get_default_memory_pool().free_all_blocks()
             bars.advance(task)
     if not outcomes:

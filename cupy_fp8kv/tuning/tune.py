@@ -167,6 +167,8 @@ def tune(
 def tune_call(call: Call, progress: Progress | None = None) -> TuneResult:
     """The search for a call; nothing is kept."""
     started = time.perf_counter()
+    if not call.problem.batch or not call.problem.kv_len:
+        raise ValueError(f"k: expected requests with rows, there is nothing to tune in {call.problem}")
     info = device_info(call.device)
     options = plan_options(call.problem, info)
     planned = options[0]

@@ -96,7 +96,7 @@ def test_options_are_many_but_not_too_many():
         options = plan_options(study.problem_of(shape), H100)
         assert 5 <= len(options) <= 700
         assert len({plan.spec for plan in options}) <= 100
-    some = plan_options(problem(batch=4, kv_len=8192, num_kv_heads=8, group=4), H100)
+    some = plan_options(problem(batch=16, kv_len=8192, num_kv_heads=8, group=4), H100)
     specs = {plan.spec for plan in some}
     assert {spec.heads for spec in specs if spec.stages} == {1, 2, 4, 8}
     assert {spec.warps * spec.ctas_per_sm for spec in specs if not spec.stages} == {8, 16}
@@ -570,6 +570,12 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tuning, monkeypatch, tmp_p
 def test_tune_checks_its_arguments_as_a_call_does(tuning, change, error, said):
     with pytest.raises(error, match=said):
         cupy_fp8kv.tune(*arguments(), **change)
+
+
+@pytest.mark.parametrize("change", [{"kv_len": 0}, {"batch": 0}])
+def test_nothing_to_read_is_nothing_to_tune(tuning, change):
+    with pytest.raises(ValueError, match="nothing to tune"):
+        cupy_fp8kv.tune(*arguments(dataclasses.replace(CASE, **change)))
 
 
 def test_tune_wants_device_arrays(tuning):
