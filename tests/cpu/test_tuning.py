@@ -7,22 +7,17 @@ import math
 import multiprocessing
 import warnings
 
-import emulator
 import numpy as np
 import pytest
-from cases import H100, Case, build
-from emulator.checks import move, run
+from cases import H100
 from hypothesis import given, settings
 from test_plan import ANY_DEVICE, DEVICES, PROBLEMS, RESERVED, problem
 
-import cupy_fp8kv
-from cupy_fp8kv import dispatch
-from cupy_fp8kv.backends import cuda
 from cupy_fp8kv.jit import compiler, sources
 from cupy_fp8kv.jit.covering import SETS
 from cupy_fp8kv.plan import MAX_COLUMNS, MAX_WORKSPACE, plan_decode, split_rows
 from cupy_fp8kv.problem import MOST_BOX_ROWS
-from cupy_fp8kv.tuning import measure, search, store, study, tune
+from cupy_fp8kv.tuning import search, store, study
 from cupy_fp8kv.tuning.options import plan_options, spec_options
 
 PLAIN = problem(batch=3, kv_len=5000, num_kv_heads=4, group=4)
@@ -137,36 +132,6 @@ def test_options_compile_without_spills(arch):
             assert not report.error and not report.spill_bytes, f"{spec}: {report.spill_bytes} bytes {report.error}"
 
 
-# Options on the emulator
-
-
-def unusual():
-    """Cases with options that no planner takes, by what is unusual about them."""
-    many = Case(group=3, num_kv_heads=8, kv_len=1100, seed=1)
-    yield "narrow tiles for a wide group", Case(group=12, num_kv_heads=2, batch=2, kv_len=300), (
-        lambda p: p.spec.column_tiles == 1 and p.column_blocks == 2 and not p.spec.stages)  # fmt: skip
-    yield "small CTAs in several waves", Case(group=2, num_kv_heads=5, batch=3, kv_len=2000, seed=2), (
-        lambda p: p.spec.ctas_per_sm == 4 and p.grid > 2 * 4 * emulator.HOPPER.sm_count)  # fmt: skip
-    yield "two rings an SM", many, lambda p: (p.spec.warps, p.spec.ctas_per_sm, p.spec.heads) == (4, 2, 4)
-    yield "eight heads a ring", many, lambda p: p.spec.heads == 8 and p.spec.stages == 4 and p.splits > 1
-    yield "sixteen warps a ring", many, lambda p: p.spec.warps == 16 and p.spec.stages and p.spec.heads == 2
-    yield "a long ring", Case(group=1, num_kv_heads=1, batch=2, kv_len=3000, head_dim=64, v="e5m2", seed=3), (
-        lambda p: p.spec.stages >= 6)  # fmt: skip
-    yield "a ring for column blocks", Case(group=24, num_kv_heads=2, kv_len=700, head_dim=80, soft_cap=30.0, seed=4), (
-        lambda p: p.spec.stages and p.column_blocks == 2)  # fmt: skip
-    yield "a ring of long rows", Case(group=5, num_kv_heads=2, kv_len=500, head_dim=256, window_left=333, seed=5), (
-        lambda p: p.spec.stages)  # fmt: skip
-
-
-@pytest.mark.parametrize(("case", "wanted"), [pair[1:] for pair in unusual()], ids=[name for name, *_ in unusual()])
-def test_unusual_options_are_right(emulate, monkeypatch, case, wanted):
-    options = [plan for plan in plan_options(case.problem, emulator.HOPPER) if wanted(plan)]
-    assert options, case
-    monkeypatch.setattr(cuda, "plan_decode", lambda *_: options[len(options) // 2])
-    run(emulate, case)
-    assert any(str(options[len(options) // 2].spec) == name for name, _ in emulate.launches[-2:])
-
-
 # The search
 
 
@@ -237,35 +202,6 @@ def test_search_stops_at_a_wrong_result():
     contest.check = check
     with pytest.raises(RuntimeError, match="wrong"):
         search.search(options, contest)
-
-
-# Results held against each other
-
-
-def test_wrong_rows():
-    rng = np.random.default_rng(0)
-    out, lse = rng.standard_normal((50, 16)).astype(np.float32), rng.standard_normal(50).astype(np.float32)
-    out[3], lse[3] = np.nan, np.nan
-    out[4], lse[4] = 0, -np.inf
-    out[5, 2] = np.inf
-
-    def wrong(change=None, change_lse=None):
-        got, got_lse = out.copy(), lse.copy()
-        for array, places in ((got, change), (got_lse, change_lse)):
-            for place, value in (places or {}).items():
-                array[place] = value
-        return measure.wrong_rows(np, (got, got_lse), (out, lse), 3e-3)
-
-    assert wrong() == 0
-    assert measure.wrong_rows(np, (out * np.float32(1.001), lse), (out, lse), 3e-3) == 0
-    assert measure.wrong_rows(np, (out * np.float32(1.01), lse), (out, lse), 3e-3) > 40
-    assert wrong({(7, 1): out[7, 1] + 0.1}) == 1
-    assert wrong({(7, 1): np.nan}) == 1 and wrong({(3, 0): 0.0}) == 1, "NaN where it is wanted, and only there"
-    assert wrong({(5, 2): -np.inf}) == 1 and wrong({(4, 0): 1e-4}) == 0 and wrong({(4, 0): 0.1}) == 1
-    assert (
-        wrong(None, {4: -1000.0}) == 1 and wrong(None, {8: lse[8] + 0.01}) == 1 and wrong(None, {8: lse[8] + 1e-4}) == 0
-    )
-    assert wrong({7: out[8], 8: out[7]}) == 2, "rows that change places"
 
 
 # What is kept
@@ -419,241 +355,3 @@ def test_clear(tuned_plans):
     store.save(problem(), H100, kept(plan_decode(problem(), H100)))
     (tuned_plans / "left by a writer.tmp").write_text("{")
     assert store.clear() == 2 and list(tuned_plans.iterdir()) == []
-
-
-# In calls
-
-
-CASE = Case(group=4, num_kv_heads=2, batch=2, kv_len=900, seed=6)
-
-
-def tuned_on_the_emulator():
-    plan = next(p for p in plan_options(CASE.problem, emulator.DEVICE) if p.spec.ctas_per_sm == 4 and p.splits == 2)
-    assert choice(plan) != choice(plan_decode(CASE.problem, emulator.DEVICE))
-    return plan
-
-
-def launched(emulate):
-    return [(name, grid) for name, grid in emulate.launches if name.startswith("decode")][-1]
-
-
-def test_calls_use_a_tuned_plan_and_forget_it(emulate):
-    plan, planned = tuned_on_the_emulator(), plan_decode(CASE.problem, emulator.DEVICE)
-    run(emulate, CASE)
-    assert launched(emulate) == (str(planned.spec), planned.grid)
-    store.save(CASE.problem, emulator.DEVICE, kept(plan))
-    run(emulate, CASE)
-    assert launched(emulate) == (str(planned.spec), planned.grid), "a kind of call that is known is not planned again"
-    dispatch.forget()
-    run(emulate, CASE)
-    assert launched(emulate) == (str(plan.spec), plan.grid)
-    store.clear()
-    dispatch.forget()
-    run(emulate, CASE)
-    assert launched(emulate) == (str(planned.spec), planned.grid)
-
-
-def test_explain_tells_of_a_tuned_plan():
-    q, cache = np.zeros((3, 16, 128), np.float16), np.zeros((3, 5000, 4, 128), np.uint8)
-    assert cupy_fp8kv.explain(q, cache, cache, device=H100).plan == plan_decode(PLAIN, H100)
-    store.save(PLAIN, H100, kept(another(PLAIN)))
-    told = cupy_fp8kv.explain(q, cache, cache, device=H100)
-    assert choice(told.plan) == choice(another(PLAIN)) and "tuned here" in str(told)
-
-
-class Emulated:
-    """A contest on the emulator: results are the kernels' own, times are made up."""
-
-    best = None
-    wrong = None
-
-    def __init__(self, call):
-        self.call, self.cold = call, True
-        self.want = self._result(plan_decode(call.problem, emulator.DEVICE))
-
-    def _result(self, plan):
-        rows, dim = self.call.problem.batch * self.call.problem.num_qo_heads, self.call.problem.head_dim
-        out, lse = move(np.full((rows, dim), np.nan, np.float16)), move(np.full(rows, np.nan, np.float32))
-        values = measure._put(
-            self.call.values, {measure._OUT: out.ctypes.data, measure._LSE: lse.ctypes.data}
-        )  # fmt: skip
-        strides = (self.call.problem.num_qo_heads * dim * 2, dim * 2)
-        cuda.PreparedDecode(self.call.problem, 0, strides, plan).run(emulator.library, values)
-        if choice(plan) == self.wrong:
-            out[3] *= 1.1
-        return np.asarray(out).astype(np.float32), np.asarray(lse)
-
-    def check(self, plan):
-        if measure.wrong_rows(np, self._result(plan), self.want, 3e-3):
-            raise RuntimeError(f"a plan is wrong: {plan.spec}")
-
-    def alone(self, plan, replays, give_up_us):
-        return 30.0 if choice(plan) == self.best else 40.0
-
-    def in_turn(self, plans, replays):
-        return [self.alone(plan, replays, 0.0) for plan in plans]
-
-
-@pytest.fixture
-def tuning(emulate, monkeypatch):
-    """``tune`` on the emulator, over few options."""
-    few = [plan_decode(CASE.problem, emulator.DEVICE), tuned_on_the_emulator()]
-    monkeypatch.setattr(tune, "cupy_problem", lambda: None)
-    monkeypatch.setattr(tune, "device_info", lambda index: emulator.DEVICE)
-    monkeypatch.setattr(tune, "plan_options", lambda *_: few)
-    monkeypatch.setattr(tune, "compile_plans", lambda *_: None)
-    monkeypatch.setattr(tune, "GpuContest", Emulated)
-    monkeypatch.setattr(Emulated, "best", choice(few[1]))
-    return emulate
-
-
-def arguments(case=CASE):
-    moved = build(case).to(move)
-    return moved.q.view, moved.k.view, moved.v.view
-
-
-def test_tune_keeps_the_best_and_calls_use_it(tuning):
-    plan, steps = tuned_on_the_emulator(), []
-    run(tuning, CASE)  # known, and planned, before
-    result = cupy_fp8kv.tune(*arguments(), progress=lambda *step: steps.append(step))
-    assert choice(result.plan) == choice(plan) and result.plan is not result.planned
-    assert (result.us, result.planned_us) == (30.0, 40.0) and result.gain == pytest.approx(1 / 3)
-    assert result.problem == CASE.problem or result.problem.q_strides  # but for where q lies
-    assert result.path in store.files() and steps[-1] == ("timing", 2, 2)
-    run(tuning, CASE)
-    assert launched(tuning) == (str(plan.spec), plan.grid)
-    text = repr(result), str(result)
-    assert "33.3% faster" in text[0] and "30.00 µs" in text[0] and "\n" not in text[0]
-    assert str(plan.spec) in text[1] and str(result.path) in text[1] and "40.00 µs" in text[1]
-    record = json.loads(json.dumps(result.record()))
-    assert record["gain"] == pytest.approx(1 / 3) and [one["tuned"] for one in record["tried"]] == [True, False]
-
-
-def test_tune_without_save_changes_nothing(tuning):
-    planned = plan_decode(CASE.problem, emulator.DEVICE)
-    result = cupy_fp8kv.tune(*arguments(), save=False)
-    assert result.path is None and store.files() == [] and result.plan is not result.planned
-    run(tuning, CASE)
-    assert launched(tuning) == (str(planned.spec), planned.grid)
-
-
-def test_what_gains_nothing_does_not_replace_the_planner(tuning, monkeypatch):
-    monkeypatch.setattr(Emulated, "best", None)
-    result = cupy_fp8kv.tune(*arguments())
-    assert result.plan is result.planned and result.gain == 0 and "the planner's choice stays" in repr(result)
-    assert choice(store.load(result.problem, emulator.DEVICE).plan) == choice(result.planned)
-
-
-def test_a_wrong_plan_is_an_error_and_never_kept(tuning, monkeypatch):
-    monkeypatch.setattr(Emulated, "wrong", Emulated.best)
-    with pytest.raises(RuntimeError, match="a plan is wrong"):
-        cupy_fp8kv.tune(*arguments())
-    assert store.files() == []
-
-
-def test_a_folder_that_cannot_be_written_is_a_warning(tuning, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(store, "folder", lambda: tmp_path / "file" / "folder")
-    with pytest.warns(RuntimeWarning, match="cannot be kept"):
-        result = cupy_fp8kv.tune(*arguments())
-    assert result.path is None and result.gain > 0
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "said"),
-    [
-        ({"kv_layout": "NDH"}, ValueError, "kv_layout"), ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap"),
-        ({"k_scale": "x"}, TypeError, "k_scale"), ({"pos_encoding_mode": "ALIBI"}, NotImplementedError, "ALIBI"),
-        ({"kv_format": "f16"}, ValueError, "kv_format"),
-    ],
-)  # fmt: skip
-def test_tune_checks_its_arguments_as_a_call_does(tuning, change, error, said):
-    with pytest.raises(error, match=said):
-        cupy_fp8kv.tune(*arguments(), **change)
-
-
-@pytest.mark.parametrize("change", [{"kv_len": 0}, {"batch": 0}])
-def test_nothing_to_read_is_nothing_to_tune(tuning, change):
-    with pytest.raises(ValueError, match="nothing to tune"):
-        cupy_fp8kv.tune(*arguments(dataclasses.replace(CASE, **change)))
-
-
-def test_tune_wants_device_arrays(tuning):
-    host = build(CASE)
-    with pytest.raises(ValueError, match="q: expected an array on a CUDA device"):
-        cupy_fp8kv.tune(host.q.view, host.k.view, host.v.view)
-
-
-def test_tune_without_a_gpu():
-    if not tune.cupy_problem():
-        pytest.skip("there is a GPU")
-    host = build(CASE)
-    with pytest.raises(RuntimeError, match="tune needs a GPU to measure on: "):
-        cupy_fp8kv.tune(host.q.view, host.k.view, host.v.view)
-
-
-def test_a_call_is_taken_with_all_it_says(emulate):
-    case = Case(group=3, num_kv_heads=2, batch=2, kv_len=60, layout="HND", window_left=17, soft_cap=30.0, v="e5m2")
-    moved = build(case).to(move)
-    k_scale = move(np.array([0.5, 2.0], np.float32))
-    before = len(emulate.launches)
-    call = measure.Call.padded(
-        moved.q.view, moved.k.view, moved.v.view, "HND", window_left=17, logits_soft_cap=30.0, k_scale=k_scale,
-        v_scale=0.25, sm_scale=0.125, kv_format=("e4m3", "e5m2"),
-    )  # fmt: skip
-    assert len(emulate.launches) == before, "nothing is launched"
-    named = dict(zip(measure._FIELDS, call.values, strict=False))
-    assert (named["q"], named["k"], named["v"]) == tuple(x.view.ctypes.data for x in (moved.q, moved.k, moved.v))
-    assert named["k_scale"] == k_scale.ctypes.data and named["k_scale_stride"] == 1 and named["out_scale"] == 0.25
-    assert (named["soft_cap"], named["window_left"], named["logit_scale"]) == (30.0, 17, 0.125)
-    assert named["out"] and named["lse"] and not named["kv_lens"] and call.device == 0
-    assert call.problem.window == 18 and call.problem.v_format == "e5m2" and not call.problem.ragged
-
-
-@pytest.mark.parametrize("view", ["contiguous", "padded", "transposed"])
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_the_extent_of_a_cache(emulate, view, layout):
-    case = Case(group=1, num_kv_heads=3, batch=2, kv_len=7, head_dim=16, view=view, layout=layout, k="f16")
-    moved = build(case).to(move)
-    k = moved.k.view[:, ::-1]  # backwards along one axis
-    call = measure.Call.padded(moved.q.view, k, moved.v.view, layout)
-    low, high = measure._extent(call.problem, "k")
-    addresses = [k.ctypes.data + int(np.dot(index, k.strides)) for index in np.ndindex(k.shape)]
-    assert (k.ctypes.data + low, k.ctypes.data + high) == (min(addresses), max(addresses) + k.itemsize)
-
-
-# The study
-
-
-def test_shapes_of_the_study():
-    shapes = study.random_shapes(0, 200)
-    assert shapes[:40] == study.random_shapes(0, 40) and study.random_shapes(1, 40) != shapes[:40]
-    assert [shape.name for shape in shapes[:2]] == ["0.0", "0.1"]
-    for shape in shapes:
-        some = study.problem_of(shape)
-        assert 3.5e6 < some.kv_bytes == shape.kv_bytes < 1.1e9 and some.kv_len >= 15 and some.can_copy_boxes
-        assert (some.batch, some.group_size) == (shape.batch, shape.num_qo_heads // shape.num_kv_heads)
-    assert {shape.head_dim for shape in shapes} >= {64, 128, 256} and len({shape.num_kv_heads for shape in shapes}) > 8
-    assert max(shape.batch for shape in shapes) > 150 and min(shape.batch for shape in shapes) == 1
-    assert max(shape.kv_len for shape in shapes) > 100_000
-
-
-def outcome(shape, planned_us, best_us):
-    options = plan_options(study.problem_of(shape), H100)
-    planned, best = options[0], options[1]
-    tried = (search.Timed(best, best_us, 3), search.Timed(planned, planned_us, 3), search.Timed(options[2], 1.0, 1))
-    result = tune.TuneResult(study.problem_of(shape), H100, best, planned, best_us, planned_us, tried, True, 1.0)
-    return study.Outcome(shape, result)
-
-
-def test_losses_are_told_as_they_are(monkeypatch):
-    machine = {"device": "a GPU", "cupy": "0"}
-    monkeypatch.setattr(study, "machine_record", lambda: machine)
-    shapes = study.random_shapes(0, 3)
-    outcomes = [outcome(shape, 100.0 + loss, 100.0) for shape, loss in zip(shapes, (0.0, 1.0, 8.0), strict=True)]
-    assert study.summary(outcomes) == {"median_loss": pytest.approx(0.01), "worst_loss": pytest.approx(0.08)}
-    record = json.loads(json.dumps(study.record(outcomes, 5, 0)))
-    assert record["count"] == 5 and len(record["shapes"]) == 3 and record["device"] == "a GPU"
-    assert [len(one["last_round"]) for one in record["shapes"]] == [2, 2, 2], "what left early was timed roughly"
-    table = study.render(outcomes, 5, 0)
-    assert "2 shapes were left out" in table.title and "median loss 1.00%, worst 8.00%" in table.title
