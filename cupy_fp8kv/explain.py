@@ -88,6 +88,8 @@ def warmup(
 ) -> list[str]:
     """Compile every kernel that decode calls of this kind may choose, so that no later call has to.
 
+    Not those that only :func:`tune` chooses, which have been compiled where it ran.
+
     Parameters
     ----------
     group_size : ``num_qo_heads / num_kv_heads``.
