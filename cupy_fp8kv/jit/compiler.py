@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +56,8 @@ def load(spec: Spec, device: int) -> Kernel:
 
 def load_all(specs: Sequence[Spec], device: int, advance: Callable[[], object] = lambda: None) -> list[Kernel]:
     """:func:`load` for many at once, on all cores; ``advance`` is called after each, in this thread."""
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # here, because importing takes milliseconds
+
     runtime = require_cupy().cuda.runtime
 
     def load_one(spec: Spec) -> Kernel:

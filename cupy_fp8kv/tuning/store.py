@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,6 +65,8 @@ def _measured_on() -> dict[str, str]:
 
 def save(problem: DecodeProblem, device: DeviceInfo, record: Record) -> Path:
     """Keep a tuned plan; OSError if the folder cannot be written."""
+    import tempfile  # here, because what decode calls import only reads
+
     path = _path(problem, device)
     choice = {name: getattr(record.plan.spec, name) for name in _CHOSEN}
     content = {
