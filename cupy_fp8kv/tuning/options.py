@@ -55,15 +55,13 @@ def plan_options(problem: DecodeProblem, device: DeviceInfo) -> list[Plan]:
     chosen = plan_decode(problem, device)
     if problem.ragged or not problem.batch or not problem.rows_read:
         return [chosen]
-    return [
-        chosen,
-        *(
-            _plan(problem, device, spec, splits)
-            for spec in spec_options(problem, device)
-            for splits in split_options(problem, device, spec)
-            if (spec, splits) != (chosen.spec, chosen.splits)
-        ),
-    ]
+    others = (
+        _plan(problem, device, spec, splits)
+        for spec in spec_options(problem, device)
+        for splits in split_options(problem, device, spec)
+        if (spec, splits) != (chosen.spec, chosen.splits)
+    )
+    return [chosen, *(plan for plan in others if plan.workspace <= MAX_WORKSPACE)]
 
 
 def _plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, splits: int) -> Plan:
@@ -151,13 +149,10 @@ def split_options(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec) 
     found.add(min(in_a_wave, problem.rows_read // spec.turn_rows))
     found |= _beyond_a_wave(pieces, slots, problem.rows_read // _MIN_ROWS_BEYOND_A_WAVE)
     busy = min(pieces * max(1, in_a_wave), device.sm_count)
+    alone = problem.rows_read * spec.heads * spec.row_bytes <= _FEW_BYTES
     return sorted(
-        splits
-        for splits in found
-        if 1 <= splits <= turns
-        and (splits == 1 or _workspace(problem, splits) <= MAX_WORKSPACE)
-        and (2 * pieces * splits > busy or (splits == 1 and _bytes_of_piece(problem, spec) <= _FEW_BYTES))
-    ) or [1]
+        splits for splits in found if 1 <= splits <= turns and (2 * pieces * splits > busy or (splits == 1 and alone))
+    )
 
 
 def _in_a_wave(most: int, turns: int) -> Iterator[int]:
@@ -181,12 +176,3 @@ def _beyond_a_wave(pieces: int, slots: int, most: int) -> set[int]:
         if pieces * splits > max(slots, _MIN_FILL_BEYOND_A_WAVE * slots * -(-pieces * splits // slots))
     ]
     return {splits for splits in full if 1 < splits <= most} | set(filling[:3])
-
-
-def _workspace(problem: DecodeProblem, splits: int) -> int:
-    return problem.batch * problem.num_qo_heads * splits * (problem.head_dim * 4 + 8)
-
-
-def _bytes_of_piece(problem: DecodeProblem, spec: DecodeSpec) -> int:
-    """Of K and V that one CTA reads without splits."""
-    return problem.rows_read * spec.heads * spec.row_bytes
