@@ -3,6 +3,8 @@
 Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; kernels are compiled at first use.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .decode import (
     batch_decode_with_padded_kv_cache,
     batch_decode_with_padded_kv_cache_return_lse,
@@ -12,7 +14,9 @@ from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
-from .tuning.tune import TuneResult, tune
+
+if TYPE_CHECKING:
+    from .tuning.tune import TuneResult, tune
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,16 @@ __all__ = [
     "tune",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``tune`` is imported when it is asked for: programs that only decode start faster without it."""
+    if name not in ("TuneResult", "tune"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .tuning import tune as module
+
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,9 @@ import ctypes
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import emulator
@@ -19,6 +22,8 @@ from cupy_fp8kv.backends import cuda
 from cupy_fp8kv.plan import plan_decode
 from cupy_fp8kv.tuning import measure, store, tune
 from cupy_fp8kv.tuning.options import plan_options
+
+ROOT = Path(cupy_fp8kv.__file__).parent.parent
 
 # Options on the emulator
 
@@ -211,6 +216,16 @@ def test_tune_wants_device_arrays(tuning):
     host = build(CASE)
     with pytest.raises(ValueError, match="q: expected an array on a CUDA device"):
         cupy_fp8kv.tune(host.q.view, host.k.view, host.v.view)
+
+
+def test_tune_is_public_and_imported_when_asked_for():
+    script = (
+        "import sys, cupy_fp8kv; name = 'cupy_fp8kv.tuning.tune'; before = name in sys.modules; "
+        "assert {'tune', 'TuneResult'} <= set(dir(cupy_fp8kv)); from cupy_fp8kv import *; "
+        "print(before, name in sys.modules, tune.__module__, TuneResult.__name__, hasattr(cupy_fp8kv, 'tuned'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "True", "cupy_fp8kv.tuning.tune", "TuneResult", "False"]
 
 
 def test_tune_without_a_gpu():
