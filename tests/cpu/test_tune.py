@@ -25,36 +25,6 @@ from cupy_fp8kv.tuning.options import plan_options
 
 ROOT = Path(cupy_fp8kv.__file__).parent.parent
 
-# Options on the emulator
-
-
-def unusual():
-    """Cases with options that no planner takes, by what is unusual about them."""
-    many = Case(group=3, num_kv_heads=8, kv_len=1100, seed=1)
-    yield "narrow tiles for a wide group", Case(group=12, num_kv_heads=2, batch=2, kv_len=300), (
-        lambda p: p.spec.column_tiles == 1 and p.column_blocks == 2 and not p.spec.stages)  # fmt: skip
-    yield "small CTAs in several waves", Case(group=2, num_kv_heads=5, batch=3, kv_len=2000, seed=2), (
-        lambda p: p.spec.ctas_per_sm == 4 and p.grid > 2 * 4 * emulator.HOPPER.sm_count)  # fmt: skip
-    yield "two rings an SM", many, lambda p: (p.spec.warps, p.spec.ctas_per_sm, p.spec.heads) == (4, 2, 4)
-    yield "eight heads a ring", many, lambda p: p.spec.heads == 8 and p.spec.stages == 4 and p.splits > 1
-    yield "sixteen warps a ring", many, lambda p: p.spec.warps == 16 and p.spec.stages and p.spec.heads == 2
-    yield "a long ring", Case(group=1, num_kv_heads=1, batch=2, kv_len=3000, head_dim=64, v="e5m2", seed=3), (
-        lambda p: p.spec.stages >= 6)  # fmt: skip
-    yield "a ring for column blocks", Case(group=24, num_kv_heads=2, kv_len=700, head_dim=80, soft_cap=30.0, seed=4), (
-        lambda p: p.spec.stages and p.column_blocks == 2)  # fmt: skip
-    yield "a ring of long rows", Case(group=5, num_kv_heads=2, kv_len=500, head_dim=256, window_left=333, seed=5), (
-        lambda p: p.spec.stages)  # fmt: skip
-
-
-@pytest.mark.parametrize(("case", "wanted"), [pair[1:] for pair in unusual()], ids=[name for name, *_ in unusual()])
-def test_unusual_options_are_right(emulate, monkeypatch, case, wanted):
-    options = [plan for plan in plan_options(case.problem, emulator.HOPPER) if wanted(plan)]
-    assert options, case
-    monkeypatch.setattr(cuda, "plan_decode", lambda *_: options[len(options) // 2])
-    run(emulate, case)
-    assert any(str(options[len(options) // 2].spec) == name for name, _ in emulate.launches[-2:])
-
-
 # In calls
 
 
