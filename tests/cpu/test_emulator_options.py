@@ -8,7 +8,6 @@ from emulator.checks import run
 from cupy_fp8kv.backends import cuda
 from cupy_fp8kv.tuning.options import plan_options
 
-
 MANY_HEADS = Case(group=3, num_kv_heads=8, kv_len=1100, seed=1)
 #: By what is unusual about them: a case, and which of its options are meant.
 UNUSUAL = {
