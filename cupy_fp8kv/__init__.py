@@ -3,6 +3,8 @@
 Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; kernels are compiled at first use.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .decode import (
     batch_decode_with_padded_kv_cache,
     batch_decode_with_padded_kv_cache_return_lse,
@@ -13,6 +15,9 @@ from .formats import KV_FORMATS, KVFormat
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
 
+if TYPE_CHECKING:
+    from .tuning.tune import TuneResult, tune
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "DeviceInfo",
     "Explanation",
     "KVFormat",
+    "TuneResult",
     "__version__",
     "batch_decode_with_padded_kv_cache",
     "batch_decode_with_padded_kv_cache_return_lse",
@@ -27,5 +33,19 @@ __all__ = [
     "explain",
     "quantize",
     "single_decode_with_kv_cache",
+    "tune",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``tune`` is imported when it is asked for: programs that only decode start faster without it."""
+    if name not in ("TuneResult", "tune"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .tuning import tune as module
+
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

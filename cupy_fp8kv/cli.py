@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--set", choices=tuple(SETS), default="covering",
         help="which specialisations: the common ones and pairs of all properties (covering, the default), all pairs of "
-        "formats, or all head dimensions",
+        "formats, all head dimensions, or what tune may choose (options)",
     )  # fmt: skip
     compile_.add_argument("--match", metavar="TEXT", default="", help="only those whose printed form contains TEXT")
     compile_.add_argument("--quiet", action="store_true", help="list only those that fail")
@@ -123,6 +123,39 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
     bench.add_argument("--quick", action="store_true", help="without the comparison with an fp16 cache")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write a record")
+
+    tune = command(
+        "tune", _tune, "find the fastest plan for a problem on this GPU, and keep it",
+        "Times every sensible plan for decode calls of a kind, on caches of its own, and keeps the fastest on disk\n"
+        "beside the compiled kernels. Such calls use it from then on, until the package or its kernels change.",
+        "--batch 16 --kv-len 4096 --num-qo-heads 32 --num-kv-heads 8", "--kv-len 131072 --no-save --json tuned.json",
+        "--clear",
+    )  # fmt: skip
+    for name, default, what in (
+        ("batch", 1, "requests"), ("kv-len", 8192, "rows of each cache"), ("num-qo-heads", 32, "query heads"),
+        ("num-kv-heads", 8, "cache heads"), ("head-dim", 128, "a multiple of 16 up to 256"),
+    ):  # fmt: skip
+        tune.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} (default {default})")
+    tune.add_argument("--kv-format", choices=tuple(KV_FORMATS), default="e4m3", help="of K and V (default e4m3)")
+    tune.add_argument("--kv-layout", choices=("NHD", "HND"), default="NHD", help="default NHD")
+    tune.add_argument("--q-format", choices=("f16", "bf16"), default="f16", help="of q and the result (default f16)")
+    tune.add_argument("--no-save", action="store_true", help="only show what would be kept")
+    tune.add_argument("--clear", action="store_true", help="remove all tuned plans instead; needs no GPU")
+    tune.add_argument("--json", type=Path, metavar="FILE", help="write a record")
+
+    study = command(
+        "study", _study, "the planner against an exhaustive search, on random shapes (needs a GPU)",
+        "Searches random shapes (batches, lengths, heads, head dims, groups) of 4 MB to 1 GB as tune does, keeping\n"
+        "nothing, and shows what the planner's choice loses against the best plan: each, the median, and the worst.",
+        "", "--seed 3 --count 10 --seconds 60 --json study.json",
+    )  # fmt: skip
+    study.add_argument("--seed", type=int, default=0, metavar="N", help="of the shapes (default 0)")
+    study.add_argument("--count", type=_positive, default=40, metavar="N", help="shapes (default 40)")
+    study.add_argument(
+        "--seconds", type=_positive, default=240, metavar="N",
+        help="no shape is begun after so long; what is left out is said (default 240)",
+    )  # fmt: skip
+    study.add_argument("--json", type=Path, metavar="FILE", help="write a record")
     return parser
 
 
@@ -185,6 +218,45 @@ def _bench(options: argparse.Namespace) -> int:
     if options.json:
         _write(options.json, table.record(rows, options.suite))
     return 1 if any(row.wrong for row in rows) else 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from .bench.suites import Shape
+    from .jit.device import cupy_problem
+    from .tuning import report, study
+
+    if options.clear:
+        print(report.clear())
+        return 0
+    shape = Shape(
+        "tune", options.batch, options.kv_len, options.num_qo_heads, options.num_kv_heads, options.head_dim,
+        options.q_format, options.kv_format, options.kv_format, options.kv_layout,
+    )  # fmt: skip
+    try:
+        study.problem_of(shape)
+    except ValueError as error:
+        options.parser.error(str(error))
+    if problem := cupy_problem():
+        raise terminal.CommandError(f"tune needs a GPU: {problem}")
+    result = report.run(shape, save=not options.no_save)
+    for part in report.render(result):
+        terminal.console().print(part)
+    if options.json:
+        _write(options.json, result.record())
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from .jit.device import cupy_problem
+    from .tuning import study
+
+    if problem := cupy_problem():
+        raise terminal.CommandError(f"study needs a GPU: {problem}")
+    outcomes = study.run(study.random_shapes(options.seed, options.count), options.seconds)
+    terminal.console().print(study.render(outcomes, options.count, options.seed))
+    if options.json:
+        _write(options.json, study.record(outcomes, options.count, options.seed))
+    return 0
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

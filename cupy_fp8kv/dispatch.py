@@ -7,6 +7,7 @@ kept, and later calls of the kind only read addresses and launch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ class _Prepared:
             self.run = PreparedDecode(problem, self.device, out_strides).run
 
 
+def forget() -> None:
+    """Plan calls of every kind anew, because plans have been tuned."""
+    _prepared.clear()
+
+
 def decode(
     batched: bool,
     q: Any,
@@ -65,6 +71,7 @@ def decode(
     lse_base: str,
     out: Any,
     backend: str | None,
+    probe: Callable[[_Prepared], _Prepared] | None = None,
 ) -> Any:
     library = arrays.library_of(q, "q")
     if library is None or type(k) is not type(q) or type(v) is not type(q):
@@ -106,6 +113,8 @@ def decode(
         if len(_prepared) >= _MOST_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
+    if probe is not None:  # tune() takes the launch from here
+        prepared = probe(prepared)
     if sm_scale is None:
         sm_scale = prepared.default_scale
     elif type(sm_scale) is not float:

@@ -14,6 +14,7 @@ from .jit.device import device_info
 from .jit.spec import MergeSpec, Spec
 from .plan import DeviceInfo, Plan, plan_decode, specs
 from .problem import DecodeProblem, check_heads
+from .tuning.store import tuned_plan
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def explain(
 
     Parameters are those of :func:`batch_decode_with_padded_kv_cache`, or of :func:`single_decode_with_kv_cache` if q
     has two axes; of ``kv_lens`` it only matters whether there are any. ``device`` tells the plan for a device that is
-    not there.
+    not there. Where :func:`tune` has found a plan, that is the one.
     """
     q, k, v = (arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v")))
     library = common_library(q, k, v)
@@ -73,7 +74,7 @@ def explain(
     if backend == "numpy" or not (cuda or device):
         return Explanation("numpy", problem, None, None)
     device = device or device_info(max(facts[0].device, 0))
-    return Explanation("cuda", problem, device, plan_decode(problem, device))
+    return Explanation("cuda", problem, device, tuned_plan(problem, device) or plan_decode(problem, device))
 
 
 def warmup(
@@ -86,6 +87,8 @@ def warmup(
     device: int = 0,
 ) -> list[str]:
     """Compile every kernel that decode calls of this kind may choose, so that no later call has to.
+
+    Not those that only :func:`tune` chooses, which have been compiled where it ran.
 
     Parameters
     ----------
@@ -111,4 +114,4 @@ def warmup(
     )  # fmt: skip
     info = device_info(device)
     wanted: list[Spec] = [*specs(problem, info.arch, info.shared_per_block), MergeSpec(q_format)]
-    return [str(compiler.load(spec, device).spec) for spec in wanted]
+    return [str(kernel.spec) for kernel in compiler.load_all(wanted, device)]

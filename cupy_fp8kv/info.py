@@ -13,8 +13,10 @@ from typing import Any
 from . import __version__, terminal
 from .formats import KV_FORMATS
 from .jit import sources
+from .jit.compiler import cache_folder
 from .jit.device import cupy_problem
 from .positions import POSITION_MODES
+from .tuning import store
 
 _CUPY_WHEEL = re.compile(r"cupy(-cuda\d+x|-rocm.*)?")
 #: NVIDIA's wheels that CuPy may load NVRTC from, by CUDA's major version.
@@ -63,11 +65,6 @@ def _loaded_library(stem: str) -> str | None:
     except OSError:
         return None
     return next((line.split(maxsplit=5)[5] for line in lines if f"/{stem}" in line), None)
-
-
-def cache_folder() -> Path:
-    """Where CuPy keeps compiled kernels."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 def _writable(folder: Path) -> bool:
@@ -124,6 +121,7 @@ def gather() -> dict[str, Any]:
         "nvrtc": None, "nvrtc_library": None, "driver_cuda": None, "runtime_cuda": None, "devices": [],
         "include_path": None,
         "kernel_cache": _short(cache_folder()),
+        "tuned_plans": {"count": len(store.files()), "folder": _short(store.folder())},
         "cuda_src": _short(sources.ROOT),
         "sources": sources.digest(),
         "kv_formats": list(KV_FORMATS),
@@ -210,6 +208,7 @@ def render(facts: dict[str, Any]) -> list[Any]:
         ("kernel sources", "cuda_src"), ("sources' digest", "sources"),
     ):  # fmt: skip
         main.add_row(label, facts[key] or "none")
+    main.add_row("tuned plans", "{count} in {folder}".format(**facts["tuned_plans"]))
     main.add_row("KV formats", ", ".join(f"{name} ({KV_FORMATS[name].title})" for name in facts["kv_formats"]))
     main.add_row("position modes", ", ".join(facts["pos_encoding_modes"]))
     for device in facts["devices"]:

@@ -192,7 +192,7 @@ def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blo
     pairs = f" in teams of {team.heads}" if team.heads > 1 else ""
     pieces = ctas // splits
     reason = f"{pieces} request heads{pairs} in {splits} splits: rings on {ctas} of {places} places"
-    return _finish(problem, device, ring, blocks, splits, reason)
+    return finish_plan(problem, device, ring, blocks, splits, reason)
 
 
 def _ring_team(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec) -> tuple[RingTeam | None, int]:
@@ -267,10 +267,10 @@ def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
         spec, slots = choices[best]
         splits = splits_of(spec, slots)
         reason = f"{pieces} request heads in {splits} splits fill {filled[best]:.0%} of {slots} slots in one wave"
-    return _finish(problem, device, spec, blocks, splits, reason)
+    return finish_plan(problem, device, spec, blocks, splits, reason)
 
 
-def _finish(
+def finish_plan(
     problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int, splits: int, reason: str
 ) -> Plan:
     """The plan that these choices make. RuntimeError if the device lacks the shared memory."""

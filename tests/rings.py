@@ -38,7 +38,7 @@ def ring_plan(case: Case, device: DeviceInfo) -> Plan:
     ring = rings[case.seed % len(rings)]
     ring = dataclasses.replace(ring, stages=ring.stages + case.seed % 3)
     splits = min(1 + case.seed % 4, -(-problem.rows_read // ring.turn_rows))
-    return plan._finish(problem, device, ring, blocks, max(1, splits), "a ring")
+    return plan.finish_plan(problem, device, ring, blocks, max(1, splits), "a ring")
 
 
 def take_ring(patch: pytest.MonkeyPatch, case: Case, device: DeviceInfo) -> None:

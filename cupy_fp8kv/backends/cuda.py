@@ -11,6 +11,7 @@ from ..jit.spec import MergeSpec, QuantizeSpec
 from ..jit.tensor_map import TensorMaps
 from ..plan import Plan, plan_decode
 from ..problem import DecodeProblem
+from ..tuning.store import tuned_plan
 
 #: Fields of DecodeParams that change from call to call.
 _DECODE_LEADING = 18
@@ -21,12 +22,16 @@ _QUANTIZE_LEADING = 4
 
 
 class PreparedDecode:
-    """A decode problem planned, compiled and packed for one device: a call only fills in addresses and numbers."""
+    """A decode problem planned, compiled and packed for one device: a call only fills in addresses and numbers.
 
-    def __init__(self, problem: DecodeProblem, device: int, out_strides: tuple[int, int]):
+    The plan is the one given, or the one that ``tune`` found, or the planner's.
+    """
+
+    def __init__(self, problem: DecodeProblem, device: int, out_strides: tuple[int, int], plan: Plan | None = None):
         self.problem = problem
         self.device = device
-        self.plan: Plan = plan_decode(problem, device_info(device))
+        info = device_info(device)
+        self.plan: Plan = plan or tuned_plan(problem, info) or plan_decode(problem, info)
         plan = self.plan
         self._runtime = require_cupy().cuda.runtime
         self._current_device = self._runtime.getDevice

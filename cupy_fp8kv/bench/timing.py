@@ -49,6 +49,19 @@ def sets_needed(cupy: Any, set_bytes: int) -> int:
     return max(2, math.ceil(_L2_MULTIPLE * l2_bytes(cupy) / max(1, set_bytes)))
 
 
+def capture(stream: Any, call: Call, sets: int, calls: int) -> Any:
+    """The graph of ``calls`` calls, which go round the sets, on ``stream``, which is the current one."""
+    stream.begin_capture()
+    try:
+        for index in range(calls):
+            call(index % sets)
+    except BaseException:
+        with contextlib.suppress(Exception):  # says only that the capture was spoilt
+            stream.end_capture()
+        raise
+    return stream.end_capture()
+
+
 def time_calls(cupy: Any, call: Call, sets: int, set_bytes: int, *, replays: int = 21) -> Timing:
     """Time ``call(s)``: it launches on CuPy's current stream with input set ``s < sets``, into memory it is given."""
     calls = max(sets, math.ceil(_REPLAY_US / max(1.0, set_bytes / _GUESSED_BYTES_PER_US)))
@@ -62,15 +75,7 @@ def time_calls(cupy: Any, call: Call, sets: int, set_bytes: int, *, replays: int
         for index in range(3):
             call(index % sets)
         stream.synchronize()
-        stream.begin_capture()
-        try:
-            for index in range(calls):
-                call(index % sets)
-        except BaseException:
-            with contextlib.suppress(Exception):  # says only that the capture was spoilt
-                stream.end_capture()
-            raise
-        graph = stream.end_capture()
+        graph = capture(stream, call, sets, calls)
         for _ in range(3):
             graph.launch(stream)
         stream.synchronize()

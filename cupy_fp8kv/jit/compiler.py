@@ -1,18 +1,23 @@
 """Compilation: a specialisation in, a function on a device out, through CuPy RawModules and NVRTC.
 
-Kernels are compiled when first used, one at a time, and kept on disk by CuPy under the whole inlined source as the key.
+Kernels are compiled when first used, each once whatever the threads, and kept on disk by CuPy under the whole inlined
+source as the key.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .device import device_info, on_device, require_cupy
+from .device import device_info, ensure_context, on_device, require_cupy
 from .spec import DecodeSpec, Spec
 
 OPTIONS = ("-std=c++17",)
@@ -23,9 +28,11 @@ _FREE_SHARED_BYTES = 48 * 1024
 #: A compilation that takes longer says what is going on.
 _SILENT_SECONDS = 1.0
 
-_lock = threading.RLock()
+_lock = threading.Lock()
 _modules: dict[str, Any] = {}
 _kernels: dict[tuple[Spec, int], Kernel] = {}
+#: Held by the thread that compiles a source. Different ones are compiled at the same time.
+_compiling: dict[str, threading.Lock] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +53,59 @@ def load(spec: Spec, device: int) -> Kernel:
     RuntimeError with NVRTC's log and the specialisation if the compilation fails.
     """
     kernel = _kernels.get((spec, device))
-    if kernel is None:
-        with _lock:
-            kernel = _kernels.get((spec, device))
-            if kernel is None:
-                kernel = _kernels[spec, device] = _load(spec, device)
+    return kernel if kernel is not None else _load_once(spec, device)
+
+
+def load_all(specs: Sequence[Spec], device: int, advance: Callable[[], object] | None = None) -> list[Kernel]:
+    """:func:`load` for each, those that are missing at the same time on all cores: NVRTC works without Python's lock.
+
+    ``advance`` is called after each of those, in this thread. Whoever shows progress so is spared the messages.
+    """
+    missing = [spec for spec in dict.fromkeys(specs) if (spec, device) not in _kernels]
+    if len(missing) > 1:
+        _load_side_by_side(missing, device, advance)
+    return [load(spec, device) for spec in specs]
+
+
+def _load_side_by_side(specs: Sequence[Spec], device: int, advance: Callable[[], object] | None) -> None:
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # costs milliseconds; a program may never compile
+
+    runtime = require_cupy().cuda.runtime
+
+    def load_one(spec: Spec) -> None:
+        ensure_context(runtime, device)
+        _load_once(spec, device, quiet=advance is not None)
+
+    with ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
+        try:
+            for done in as_completed([pool.submit(load_one, spec) for spec in specs]):
+                done.result()
+                if advance:
+                    advance()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _load_once(spec: Spec, device: int, quiet: bool = False) -> Kernel:
+    source = spec.source()
+    with _lock:
+        compiling = _compiling.setdefault(source, threading.Lock())
+    with compiling:
+        kernel = _kernels.get((spec, device))
+        if kernel is None:
+            kernel = _kernels[spec, device] = _load(spec, source, device, quiet)
     return kernel
 
 
-def _load(spec: Spec, device: int) -> Kernel:
+def _load(spec: Spec, source: str, device: int, quiet: bool) -> Kernel:
     cupy = require_cupy()
     info = device_info(device)
     arch = info.arch
-    source = spec.source()
     module = _modules.get(source)
     if module is None:
         module = _modules[source] = cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc")
-    with on_device(cupy.cuda.runtime, device), _Progress(spec, arch):
+    with on_device(cupy.cuda.runtime, device), nullcontext() if quiet else _Progress(spec, arch):
         try:
             raw = module.get_function(spec.entry)
             handle = raw.kernel.ptr
@@ -96,6 +139,11 @@ class _Progress:
 
     def __exit__(self, *exc: object) -> None:
         self._timer.cancel()
+
+
+def cache_folder() -> Path:
+    """Where CuPy keeps compiled kernels."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..problem import MAX_HEAD_DIM, DecodeProblem
+from ..tuning.options import spec_options
 from .spec import DecodeSpec, MergeSpec, QuantizeSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
@@ -19,6 +20,8 @@ _COMMON_HEAD_DIMS = (64, 128, 256)
 _GROUPS = {1: range(1, 9), 2: range(9, 17)}
 _VALUE_DTYPES = ("float16", "bfloat16", "float32")
 _QUANTIZE_ENTRIES = ("amax", "scales", "quantize", "dequantize")
+#: Shared memory that a CTA may ask for where it is most.
+_MOST_SHARED = 227 << 10
 #: From here on conversion is in hardware, and ``software_fp8`` another kernel.
 _HARDWARE_FP8_ARCH = 89
 
@@ -110,7 +113,17 @@ def all_head_dims_specs(arch: int) -> list[Spec]:
     return list(dict.fromkeys([*_full_decode(same, _HEAD_DIMS, arch), *_others()]))
 
 
+def options_specs(arch: int) -> list[Spec]:
+    """What ``tune`` may choose, which planners mostly do not: at common head dimensions, K and V in the same format."""
+    device = plan.DeviceInfo("any", arch, 132, _MOST_SHARED)
+    found: list[Spec] = []
+    for name, q, head_dim, groups in itertools.product(KV_FORMATS, _Q_FORMATS, _COMMON_HEAD_DIMS, _GROUPS.values()):
+        found += spec_options(_problem(q, name, name, head_dim, groups[-1]), device)
+    return list(dict.fromkeys(found))
+
+
 #: Sets by the name that the command line knows them by.
 SETS: dict[str, Callable[[int], list[Spec]]] = {
     "covering": covering_specs, "all-formats": all_formats_specs, "all-head-dims": all_head_dims_specs,
+    "options": options_specs,
 }  # fmt: skip

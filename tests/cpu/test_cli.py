@@ -45,8 +45,8 @@ def succeeds(*arguments):
 
 def test_help_names_every_command_and_exit_code():
     text = succeeds("--help")
-    assert all(word in text for word in ("demo", "info", "compile", "bench", "exit codes"))
-    for command in ("demo", "info", "compile", "bench"):
+    assert all(word in text for word in ("demo", "info", "compile", "bench", "tune", "study", "exit codes"))
+    for command in ("demo", "info", "compile", "bench", "tune", "study"):
         text = succeeds(command, "--help")
         assert f"python -m cupy_fp8kv {command}" in text and "examples:" in text and "130 Ctrl-C" in text
 
@@ -67,6 +67,10 @@ def test_version():
         (["compile", "--arch", "sm_70"], "sm_80"),
         (["compile", "--match", "no such kernel"], "--match"),
         (["bench", "--shapes", "no-such-shape"], "mha.b1.l1k"),
+        (["tune", "--head-dim", "20"], "head_dim"),
+        (["tune", "--num-qo-heads", "3", "--num-kv-heads", "2"], "num_kv_heads"),
+        (["tune", "--kv-layout", "NDH"], "--kv-layout"),
+        (["study", "--count", "0"], "--count"),
     ],
 )
 def test_usage_errors_are_2_and_name_the_argument(arguments, message):
@@ -87,6 +91,57 @@ def test_info_as_tables():
     assert sources.digest() in text and "E4M3FN" in text
 
 
+def test_info_counts_tuned_plans_and_tune_clears_them(monkeypatch, tmp_path):
+    """In the folder of the kernel cache, which is moved; neither needs a GPU."""
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    folder = tmp_path / "cupy_fp8kv_tuned"
+    assert json.loads(succeeds("info", "--json"))["tuned_plans"] == {"count": 0, "folder": str(folder)}
+    folder.mkdir()
+    for name in ("one.json", "two.json"):
+        (folder / name).write_text("{}")
+    assert f"2 in {folder}" in succeeds("info")
+    assert succeeds("tune", "--clear") == f"removed 2 tuned plans from {folder}\n"
+    assert list(folder.iterdir()) == [] and "removed 0" in succeeds("tune", "--clear")
+
+
+def test_tune_prints_and_writes_what_it_found(monkeypatch, capsys, tmp_path):
+    """The search apart, which needs a GPU."""
+    from cupy_fp8kv import cli
+    from cupy_fp8kv.jit import device
+    from cupy_fp8kv.plan import DeviceInfo
+    from cupy_fp8kv.tuning import report, search, store, study, tune
+    from cupy_fp8kv.tuning.options import plan_options
+
+    h100, asked = DeviceInfo("H100", 90, 132, 232448), []
+
+    def tune_call(shape, progress):
+        asked.append(shape)
+        problem = study.problem_of(shape)
+        options = plan_options(problem, h100)[:30]
+        tried = [search.Timed(plan, 40.0 + index, 1) for index, plan in enumerate(options[1:])]
+        tried = (*tried, search.Timed(options[0], 99.0, 1))
+        return tune.TuneResult(problem, h100, options[1], options[0], 40.0, 99.0, tried, True, 1.0)
+
+    monkeypatch.setattr(device, "cupy_problem", lambda: None)
+    monkeypatch.setattr(report, "Filler", lambda: None)
+    monkeypatch.setattr(report, "call_of", lambda shape, filler: shape)
+    monkeypatch.setattr(report, "tune_call", tune_call)
+    path = tmp_path / "tuned.json"
+    sizes = ["--batch", "3", "--kv-len", "777", "--num-qo-heads", "12", "--num-kv-heads", "4", "--head-dim", "64"]
+    assert cli.main(["tune", *sizes, "--kv-layout", "HND", "--q-format", "bf16", "--no-save"]) == 0
+    assert store.files() == []
+    assert cli.main(["tune", *sizes, "--kv-format", "e5m2", "--json", str(path)]) == 0
+    (kept,) = store.files()
+    assert [(s.batch, s.kv_len, s.num_qo_heads, s.num_kv_heads, s.head_dim) for s in asked] == [(3, 777, 12, 4, 64)] * 2
+    assert [(s.q, s.k, s.v, s.kv_layout) for s in asked] == [
+        ("bf16", "e4m3", "e4m3", "HND"), ("f16", "e5m2", "e5m2", "NHD")
+    ]  # fmt: skip
+    text = capsys.readouterr().out
+    assert "planned" in text and "tuned" in text and "+147.5%" in text and str(kept) in text.replace("\n", "")
+    record = json.loads(path.read_text())
+    assert len(record["tried"]) == 30 and record["us"] == 40.0 and record["sources"] == sources.digest()
+
+
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 def test_demo_in_numpy(kv_format):
     text = succeeds("demo", "--backend", "numpy", "--kv-format", kv_format, *SMALL)
@@ -103,7 +158,7 @@ def test_a_wrong_result_is_1(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
-@pytest.mark.parametrize("arguments", [["bench"], ["demo", "--backend", "cuda"]])
+@pytest.mark.parametrize("arguments", [["bench"], ["demo", "--backend", "cuda"], ["tune"], ["study"]])
 def test_without_a_gpu_what_needs_one_is_1(arguments):
     done = run(*arguments)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr

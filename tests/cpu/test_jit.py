@@ -356,6 +356,42 @@ def test_the_error_of_a_load_has_log_and_specialisation(nvrtc, monkeypatch):
     assert not compiler._kernels, "a failure must not be remembered as a kernel"
 
 
+@pytest.fixture
+def loads(monkeypatch):
+    """Loading is made up: gives the list of what is loaded."""
+    found = []
+
+    def load(spec, device, quiet=False):
+        found.append((spec, device, quiet))
+        if spec.head_dim == 24:
+            raise RuntimeError("does not compile")
+        return compiler.Kernel(spec, device, len(found), spec.threads, spec.shared_bytes, None)
+
+    runtime = type("runtime", (), {"getDevice": staticmethod(lambda: 0), "setDevice": staticmethod(lambda index: None)})
+    fake = type("cupy", (), {"cuda": type("cuda", (), {"runtime": runtime})})
+    monkeypatch.setattr(compiler, "require_cupy", lambda: fake)
+    monkeypatch.setattr(compiler, "_load", load)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    return found
+
+
+def test_many_kernels_are_loaded_once_each_and_in_order(loads):
+    wanted = [dataclasses.replace(SPEC, head_dim=16 * n) for n in (8, 3, 5, 3, 8, 1)]
+    done = []
+    kernels = compiler.load_all(wanted, 0, lambda: done.append(1))
+    assert [kernel.spec for kernel in kernels] == wanted and len(done) == len(wanted)
+    assert len(loads) == len(set(wanted)) and all(quiet for *_, quiet in loads)
+    assert compiler.load(wanted[0], 0) is kernels[0] is kernels[4] and len(loads) == len(set(wanted))
+    assert compiler.load_all([], 0) == []
+
+
+def test_one_of_many_kernels_that_does_not_compile_is_the_error(loads):
+    wanted = [dataclasses.replace(SPEC, head_dim=head_dim) for head_dim in (64, 24, 32)]
+    with pytest.raises(RuntimeError, match="does not compile"):
+        compiler.load_all(wanted, 0)
+    assert wanted[1] not in {spec for spec, _ in compiler._kernels}
+
+
 def test_slow_compilations_say_so(capsys, monkeypatch):
     monkeypatch.setattr(compiler, "_SILENT_SECONDS", 0.01)
     with compiler._Progress(SPEC, 90) as _:
