@@ -85,7 +85,7 @@ def warmup(
     logits_soft_cap: bool = False,
     device: int = 0,
 ) -> list[str]:
-    """Compile every kernel that decode calls of this kind may choose, so that no later call has to.
+    """Compile every kernel that decode calls of this kind may choose, on all cores, so that no later call has to.
 
     Parameters
     ----------
@@ -111,4 +111,4 @@ def warmup(
     )  # fmt: skip
     info = device_info(device)
     wanted: list[Spec] = [*specs(problem, info.arch, info.shared_per_block), MergeSpec(q_format)]
-    return [str(compiler.load(spec, device).spec) for spec in wanted]
+    return [str(kernel.spec) for kernel in compiler.load_all(wanted, device)]

@@ -48,10 +48,10 @@ class PreparedDecode:
         split = plan.splits > 1
         self._params = params
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
-        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=split)
+        kernels = compiler.load_all([plan.spec, *([MergeSpec(problem.q_format)] if split else [])], device)
+        self._decode = Launch(kernels[0], plan.grid, params, dependent=split)
         if split:
-            merge = compiler.load(MergeSpec(problem.q_format), device)
-            self._merge = Launch(merge, problem.batch * problem.num_qo_heads, params, dependent=True)
+            self._merge = Launch(kernels[1], problem.batch * problem.num_qo_heads, params, dependent=True)
 
     def run(self, library: Library, values: tuple[int | float, ...]) -> None:
         """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""

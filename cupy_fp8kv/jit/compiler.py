@@ -1,14 +1,17 @@
 """Compilation: a specialisation in, a function on a device out, through CuPy RawModules and NVRTC.
 
-Kernels are compiled when first used, one at a time, and kept on disk by CuPy under the whole inlined source as the key.
+Kernels are compiled when first used, each once whatever the threads, and kept on disk by CuPy under the whole inlined
+source as the key.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +26,11 @@ _FREE_SHARED_BYTES = 48 * 1024
 #: A compilation that takes longer says what is going on.
 _SILENT_SECONDS = 1.0
 
-_lock = threading.RLock()
+_lock = threading.Lock()
 _modules: dict[str, Any] = {}
 _kernels: dict[tuple[Spec, int], Kernel] = {}
+#: Held by the thread that compiles a kernel. Different kernels are compiled at the same time.
+_compiling: dict[tuple[Spec, int], threading.Lock] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +53,24 @@ def load(spec: Spec, device: int) -> Kernel:
     kernel = _kernels.get((spec, device))
     if kernel is None:
         with _lock:
+            compiling = _compiling.setdefault((spec, device), threading.Lock())
+        with compiling:
             kernel = _kernels.get((spec, device))
             if kernel is None:
                 kernel = _kernels[spec, device] = _load(spec, device)
     return kernel
+
+
+def load_all(specs: Sequence[Spec], device: int) -> list[Kernel]:
+    """:func:`load` for each, at the same time on all cores: NVRTC works without Python's lock."""
+    missing = [spec for spec in dict.fromkeys(specs) if (spec, device) not in _kernels]
+    if len(missing) > 1:
+        from concurrent.futures import ThreadPoolExecutor  # costs milliseconds, and a program may never compile
+
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+            for _ in pool.map(lambda spec: load(spec, device), missing):
+                pass
+    return [load(spec, device) for spec in specs]
 
 
 def _load(spec: Spec, device: int) -> Kernel:
