@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, terminal
+from .bench import command as bench_command
 from .formats import KV_FORMATS
 from .jit.compiler import ARCHITECTURES
 from .jit.covering import SETS
@@ -112,17 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--json", type=Path, metavar="FILE", help="write a record")
 
     bench = command(
-        "bench", _bench, "the speed table, against the read limit (needs a GPU)",
-        "Times decode calls next to kernels that only read the same bytes, in the same run.",
-        "", "--suite decode --shapes gqa4,mha.b1 --quick", "--suite formats --json formats.json",
+        "bench", bench_command.run, "the speed table, against the read limit (needs a GPU)",
+        "Times decode calls next to kernels that only read the same bytes, in the same run, and next to other systems\n"
+        "that can be imported: torch's SDPA, FlashInfer, vLLM's kernels. Each of those runs in a process of its own.",
+        "", "--suite decode --shapes gqa4,mha.b1 --quick", "--suite ragged --peers torch,fi --json ragged.json",
+        "--from ragged.json --plot ragged.png", "--suite start",
     )  # fmt: skip
-    bench.add_argument(
-        "--suite", choices=("decode", "small", "formats"), default="decode",
-        help="large batches (decode, the default), single requests (small), or formats, layouts, scales and groups",
-    )  # fmt: skip
-    bench.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
-    bench.add_argument("--quick", action="store_true", help="without the comparison with an fp16 cache")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write a record")
+    bench_command.add_options(bench)
     return parser
 
 
@@ -164,28 +161,5 @@ def _compile(options: argparse.Namespace) -> int:
         if report.error:
             print(f"\n{report.spec} for sm_{report.arch}:\n{report.error}", file=sys.stderr)
     if options.json:
-        _write(options.json, offline.record(reports, seconds))
+        terminal.write_json(options.json, offline.record(reports, seconds))
     return 1 if any(offline.is_bad(report) for report in reports) else 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from .bench import suites
-    from .jit.device import cupy_problem
-
-    try:
-        shapes = suites.chosen(options.suite, [prefix for prefix in options.shapes.split(",") if prefix])
-    except ValueError as error:
-        options.parser.error(f"--shapes: {error}")
-    if problem := cupy_problem():
-        raise terminal.CommandError(f"bench needs a GPU: {problem}")
-    from .bench import table
-
-    rows = table.run(shapes, fp16=not options.quick)
-    terminal.console().print(table.render(rows, options.suite))
-    if options.json:
-        _write(options.json, table.record(rows, options.suite))
-    return 1 if any(row.wrong for row in rows) else 0
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
