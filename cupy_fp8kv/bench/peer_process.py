@@ -24,7 +24,7 @@ from .inputs import Filler, InputSets
 from .peers import PEERS, Peer, TorchInputs, UnsupportedError, shapes_of
 from .report import PeerFigure, PeerInfo
 from .suites import Shape
-from .timing import host_us, time_calls
+from .timing import Call, host_us, time_calls
 
 #: A process that takes longer is ended.
 _MOST_SECONDS = 300.0
@@ -43,11 +43,12 @@ class TorchGraphs:
     def on(self, stream: Any) -> Any:
         return self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream.ptr))
 
-    def capture(self, stream: Any, enqueue: Callable[[], None]) -> Callable[[], object]:
+    def capture(self, stream: Any, call: Call, sets: int, calls: int) -> Callable[[], object]:
         cuda = self._torch.cuda
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, stream=cuda.current_stream(), capture_error_mode="thread_local"):
-            enqueue()
+            for index in range(calls):
+                call(index % sets)
         return graph.replay
 
 
@@ -138,7 +139,8 @@ def measure_one(peer: Peer, shapes: Sequence[Shape]) -> dict[str, PeerFigure] | 
         for record in told:
             if "unavailable" in record:
                 return str(record["unavailable"])
-            figures[record.pop("shape")] = PeerFigure(**record)
+            name = record.pop("shape")
+            figures[name] = PeerFigure(**record)
         left = [shape for shape in left if shape.name not in figures]
         if left and (ended or not told):
             figures[left.pop(0).name] = PeerFigure(reason=ended or "its process told nothing")

@@ -50,6 +50,19 @@ def sets_needed(cupy: Any, set_bytes: int) -> int:
     return max(2, math.ceil(_L2_MULTIPLE * l2_bytes(cupy) / max(1, set_bytes)))
 
 
+def capture(stream: Any, call: Call, sets: int, calls: int) -> Any:
+    """The graph of ``calls`` calls, which go round the sets, on ``stream``, which is the current one."""
+    stream.begin_capture()
+    try:
+        for index in range(calls):
+            call(index % sets)
+    except BaseException:
+        with contextlib.suppress(Exception):  # says only that the capture was spoilt
+            stream.end_capture()
+        raise
+    return stream.end_capture()
+
+
 class CupyGraphs:
     """How calls that follow CuPy's current stream are run on a stream, and become a graph."""
 
@@ -57,16 +70,9 @@ class CupyGraphs:
         """Makes ``stream``, one of CuPy's, the current one."""
         return stream
 
-    def capture(self, stream: Any, enqueue: Callable[[], None]) -> Callable[[], object]:
-        """What launches everything that ``enqueue`` launches, on ``stream``."""
-        stream.begin_capture()
-        try:
-            enqueue()
-        except BaseException:
-            with contextlib.suppress(Exception):  # says only that the capture was spoilt
-                stream.end_capture()
-            raise
-        graph = stream.end_capture()
+    def capture(self, stream: Any, call: Call, sets: int, calls: int) -> Callable[[], object]:
+        """What launches the calls again, on ``stream``, which is the current one."""
+        graph = capture(stream, call, sets, calls)
         return lambda: graph.launch(stream)
 
 
@@ -82,17 +88,13 @@ def time_calls(cupy: Any, call: Call, sets: int, set_bytes: int, *, replays: int
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
     times: list[float] = []
 
-    def enqueue() -> None:
-        for index in range(calls):
-            call(index % sets)
-
     cupy.cuda.runtime.deviceSynchronize()  # inputs may come from another stream
     with graphs.on(stream):
         # Compiles, and leaves the workspace of a call in this stream's pool: a capture should find it there.
         for index in range(3):
             call(index % sets)
         stream.synchronize()
-        launch = graphs.capture(stream, enqueue)
+        launch = graphs.capture(stream, call, sets, calls)
         for _ in range(3):
             launch()
         stream.synchronize()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .device import device_info, on_device, require_cupy
+from .device import device_info, ensure_context, on_device, require_cupy
 from .spec import Spec
 
 OPTIONS = ("-std=c++17",)
@@ -67,8 +67,14 @@ def load_all(specs: Sequence[Spec], device: int) -> list[Kernel]:
     if len(missing) > 1:
         from concurrent.futures import ThreadPoolExecutor  # costs milliseconds, and a program may never compile
 
+        runtime = require_cupy().cuda.runtime
+
+        def load_one(spec: Spec) -> Kernel:
+            ensure_context(runtime, device)
+            return load(spec, device)
+
         with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            for _ in pool.map(lambda spec: load(spec, device), missing):
+            for _ in pool.map(load_one, missing):
                 pass
     return [load(spec, device) for spec in specs]
 

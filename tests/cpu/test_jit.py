@@ -348,7 +348,7 @@ def made_up_device(monkeypatch):
             RawModule = Module
 
             class cuda:
-                runtime = type("runtime", (), {"getDevice": staticmethod(lambda: 0)})
+                runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda index: None)
                 compiler = cupy.cuda.compiler
 
         monkeypatch.setattr(compiler, "require_cupy", lambda: FakeCupy)
