@@ -51,9 +51,10 @@ def draw(report: Report) -> Any:
                 weight = "bold" if index == 0 else "normal"
                 axes.text(value + 0.006, place, f"{value:.2f}", va="center", fontsize=6.5, weight=weight)
     middle = _BAR * len(labels) / 2
+    between = "\n" if len(labels) > 2 else ", "  # two lines need the room of three bars
     axes.set_yticks(
         [group * at + middle for at in range(len(report.rows))],
-        [f"{row.shape.name}\n{row.kv_bytes / 1e6:.0f} MB" for row in report.rows], fontsize=7.5,
+        [f"{row.shape.name}{between}{row.kv_bytes / 1e6:.0f} MB" for row in report.rows], fontsize=7.5,
     )  # fmt: skip
     axes.set_ylim(group * len(report.rows) - _GAP / 2, -_GAP / 2)
     axes.set_xlim(0, 1.05)
@@ -63,8 +64,9 @@ def draw(report: Report) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("fraction of the read limit of the same run (1: as fast as the device reads the cache)", fontsize=8)
     axes.set_title(f"{report.suite}, {report.machine['device']}, sources {report.sources}", fontsize=9, loc="left")
-    figure.legend(loc="lower center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.45 / height, 1, 1))
+    if families:
+        figure.legend(loc="lower center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.45 / height if families else 0, 1, 1))
     return figure
 
 
