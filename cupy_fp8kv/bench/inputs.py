@@ -6,6 +6,7 @@ a random generator of the GPU nor any kernel but the measured ones is needed.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -128,6 +129,23 @@ class InputSets:
 
     def call(self, s: int) -> None:
         self.calls[s]()
+
+    def plan_call(self) -> Callable[[int], None] | None:
+        """``call`` through one plan for all sets, its lengths scheduled here and now; None without plans."""
+        plan_class = getattr(importlib.import_module(__package__.partition(".")[0]), "DecodePlan", None)
+        if plan_class is None:
+            return None
+        shape = self.shape
+        formats = {} if (shape.k, shape.v) == ("e4m3", "e4m3") else {"kv_format": (shape.k, shape.v)}
+        ragged = self.kv_lens is not None
+        plan = plan_class(self.qs[0], *self.caches[0], shape.kv_layout, ragged=ragged, **formats)
+        if ragged:
+            plan.schedule(self.kv_lens)
+        runs = [
+            partial(plan.run, q, k, v, out=out, **self.scales)
+            for q, (k, v), out in zip(self.qs, self.caches, self.outs, strict=True)
+        ]
+        return lambda s: runs[s]()
 
     def error(self) -> float:
         """:meth:`error_of` what the last set's ``out`` holds."""

@@ -26,12 +26,21 @@ def measure(shape: Shape, filler: Filler, reader: ReadLimit, *, fp16: bool) -> R
     timing = time_calls(cupy, inputs.call, len(inputs), shape.kv_bytes)
     error = inputs.error()  # of a replay's result
     host = host_us(cupy, inputs.call, len(inputs))
+    plan_call, plan_us, plan_host = inputs.plan_call(), None, None
+    if plan_call:
+        inputs.outs[-1].data.memset(0xFF, inputs.outs[-1].nbytes)  # NaN, lest the results before pass for the plan's
+        plan_us = time_calls(cupy, plan_call, len(inputs), shape.kv_bytes).us
+        error = max(error, inputs.error())
+        plan_host = host_us(cupy, plan_call, len(inputs))
     count = len(inputs)
-    del inputs
+    del inputs, plan_call
     fp16_us = None
     if fp16 and (KV_FORMATS[shape.k].is_fp8 or KV_FORMATS[shape.v].is_fp8):
         fp16_us = _fp16_us(shape, filler, count)
-    return Row(shape, shape.kv_bytes, limit.us, limit.variant, timing.us, timing.low, timing.high, host, error, fp16_us)
+    return Row(
+        shape, shape.kv_bytes, limit.us, limit.variant, timing.us, timing.low, timing.high, host, error, fp16_us,
+        plan_us, plan_host,
+    )  # fmt: skip
 
 
 def _fp16_us(shape: Shape, filler: Filler, sets: int) -> float | None:

@@ -29,7 +29,10 @@ class PeerFigure:
 
 @dataclass(frozen=True)
 class Row:
-    """Times in microseconds; ``fraction`` is limit over ours. fp16 figures are None where there are none."""
+    """Times in microseconds; ``fraction`` is limit over ours. None where there is no such figure.
+
+    ``plan_us`` and ``plan_host_us`` are those of a plan that is made once, and told its lengths once.
+    """
 
     shape: Shape
     kv_bytes: int
@@ -41,6 +44,8 @@ class Row:
     host_us: float
     error: float
     fp16_us: float | None = None
+    plan_us: float | None = None
+    plan_host_us: float | None = None
     peers: Mapping[str, PeerFigure] = field(default_factory=dict)
 
     @property

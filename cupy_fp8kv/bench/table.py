@@ -19,20 +19,26 @@ def _or_dash(value: float | None, form: str) -> str:
 def render(report: Report) -> list[Any]:
     """Our table, and one of the peers if there are any."""
     machine, base = report.machine, report.base
+    planned = any(row.plan_us for row in report.rows)
     relative = [f"to {base.shape.name}'s"] if base else []
     table = terminal.table(
         f"{report.suite}: {machine['device']}, CuPy {machine['cupy']}, driver for CUDA {machine['driver_cuda']}",
         "shape", "KV MB", "limit µs", "ours µs", "of limit", *relative, "GB/s", "fp16 cache µs", "speedup", "host µs",
-        "error", caption=report.method,
+        *(["plan µs", "plan of limit", "plan host µs"] if planned else []), "error", caption=report.method,
     )  # fmt: skip
     for row in report.rows:
         table.add_row(
             row.shape.name, f"{row.kv_bytes / 1e6:.1f}", f"{row.limit_us:.2f}", f"{row.us:.2f}", f"{row.fraction:.3f}",
             *([f"{row.fraction / base.fraction:.3f}"] if base else []), f"{row.gb_per_second:.0f}",
             _or_dash(row.fp16_us, ".2f"), _or_dash(row.speedup, ".2f"), f"{row.host_us:.1f}",
-            Text(f"{row.error:.1e}", style="red" if row.wrong else ""),
+            *(_plan_cells(row) if planned else []), Text(f"{row.error:.1e}", style="red" if row.wrong else ""),
         )  # fmt: skip
     return [table, *([_peer_table(report)] if report.peers else []), *map(Text, _reasons(report))]
+
+
+def _plan_cells(row: Row) -> list[str]:
+    fraction = row.plan_us and row.limit_us / row.plan_us
+    return [_or_dash(row.plan_us, ".2f"), _or_dash(fraction, ".3f"), _or_dash(row.plan_host_us, ".1f")]
 
 
 def _peer_table(report: Report) -> Any:

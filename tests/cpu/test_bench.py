@@ -129,6 +129,14 @@ def test_tables_of_ours_and_of_peers(report):
     assert "fi-tc: tensor cores (flashinfer-python 1.0)" in joined
 
 
+def test_plans_have_columns_where_a_run_had_plans(report):
+    planned = (dataclasses.replace(report.rows[0], plan_us=18.0, plan_host_us=6.5), report.rows[1])
+    text = text_of(table.render(dataclasses.replace(report, rows=planned, peers={})))
+    lines = [" ".join(line.split()) for line in text.splitlines() if "gqa4.b" in line]
+    assert "│ 9.0 │ 18.00 │ 0.889 │ 6.5 │ 3.0e-04 │" in lines[0] and "│ 9.0 │ - │ - │ - │ 3.0e-04 │" in lines[1]
+    assert "plan" not in text_of(table.render(report))
+
+
 def test_formats_are_held_against_e4m3(report):
     rows = tuple(row(dataclasses.replace(SHAPE, name=name), us) for name, us in (("e5m2", 25.0), ("e4m3", 20.0)))
     formats = dataclasses.replace(report, suite="formats", rows=rows, peers={})

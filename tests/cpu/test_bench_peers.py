@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+import cupy_fp8kv
 from cupy_fp8kv.backends import reference
 from cupy_fp8kv.bench import inputs, peer_process, peers
 from cupy_fp8kv.bench.report import PeerFigure
@@ -216,6 +217,40 @@ def test_only_rows_that_count_are_judged(monkeypatch):
     for piece, whole in zip(sets.pieces[0], sets.caches[0], strict=True):
         assert piece.nbytes == (7 + 3 + 100 + 128 + 9) * 2 * 32 and np.shares_memory(piece, whole)
     assert sum(piece.nbytes for piece in sets.pieces[1]) == sets.shape.kv_bytes
+
+
+@pytest.mark.parametrize("shape", [SHAPE, RAGGED, dataclasses.replace(RAGGED, k="f16", kv_layout="HND")], ids=str)
+def test_one_plan_serves_all_sets(shape, monkeypatch):
+    """A stand-in for the plan: what it is made from, told, and run with."""
+    sets, seen = input_sets(shape, monkeypatch), []
+
+    class Plan:
+        def __init__(self, q, k, v, kv_layout, **options):
+            assert (
+                q is sets.qs[0] and k is sets.caches[0][0] and v is sets.caches[0][1] and kv_layout == shape.kv_layout
+            )
+            assert options.pop("ragged") == (shape.kv_lens is not None)
+            assert options == ({} if shape.k == "e4m3" else {"kv_format": ("f16", "e4m3")})
+
+        def schedule(self, kv_lens):
+            seen.append(kv_lens)
+
+        def run(self, q, k, v, *, out):
+            seen.append((q, k, v, out))
+
+    monkeypatch.setattr(cupy_fp8kv, "DecodePlan", Plan, raising=False)
+    run = sets.plan_call()
+    if shape.kv_lens:
+        assert seen.pop() is sets.kv_lens
+    run(1)
+    assert len(seen) == 1 and all(
+        a is b for a, b in zip(seen[0], (sets.qs[1], *sets.caches[1], sets.outs[1]), strict=True)
+    )
+
+
+def test_without_plans_there_is_no_call(monkeypatch):
+    monkeypatch.delattr(cupy_fp8kv, "DecodePlan", raising=False)
+    assert input_sets(SHAPE, monkeypatch).plan_call() is None
 
 
 # Peers: their processes

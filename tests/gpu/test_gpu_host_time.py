@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 #: Kernels that take less than the host needs for a call, so that a queue never fills. One launches once, one twice.
 SHAPES = {"whole": Shape("whole", 16, 64, 32, 32), "split": Shape("split", 1, 1024, 32, 8)}
 #: Microseconds of host time that a call which launches once may take.
-LIMITS_US = {"cupy, out=": 10.0, "cupy": 12.0, "torch": 15.0}
+LIMITS_US = {"cupy, out=": 10.0, "cupy": 12.0, "torch": 15.0, "plan": 7.0}
 CALLS, ROUNDS = 100, 30
 
 
@@ -76,6 +76,17 @@ def test_torch(benchmark, request, sets, shape):
     assert isinstance(result, torch.Tensor)
     check_error(given, result.cpu().numpy())
     check_limit(benchmark, request, "torch", shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plan(benchmark, request, sets, shape):
+    given = sets[shape]
+    run = given.plan_call()
+    if run is None:
+        pytest.skip("this version has no DecodePlan")
+    timed(benchmark, lambda: run(1), given)
+    check_error(given, cp.asnumpy(given.outs[-1]))
+    check_limit(benchmark, request, "plan", shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
