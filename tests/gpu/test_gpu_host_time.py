@@ -91,7 +91,9 @@ def test_plan(benchmark, request, sets, shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
-def test_peers(benchmark, sets, shape, peer):
+def test_peers(benchmark, request, sets, shape, peer):
+    if not request.config.getoption("benchmark_only"):
+        pytest.skip("peers are timed with --benchmark-only: some compile for minutes")
     torch = pytest.importorskip("torch")
     if not peer.importable or not torch.cuda.is_available():
         pytest.skip(f"{peer.module} is not installed, or torch has no CUDA")
