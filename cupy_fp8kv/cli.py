@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, terminal
-from .bench import command as bench_command
 from .formats import KV_FORMATS
 from .jit.compiler import ARCHITECTURES
 from .jit.covering import SETS
@@ -113,13 +112,27 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--json", type=Path, metavar="FILE", help="write a record")
 
     bench = command(
-        "bench", bench_command.run, "the speed table, against the read limit (needs a GPU)",
+        "bench", _bench, "the speed table, against the read limit (needs a GPU)",
         "Times decode calls next to kernels that only read the same bytes, in the same run, and next to other systems\n"
         "that can be imported: torch's SDPA, FlashInfer, vLLM's kernels. Each of those runs in a process of its own.",
         "", "--suite decode --shapes gqa4,mha.b1 --quick", "--suite ragged --peers torch,fi --json ragged.json",
         "--from ragged.json --plot ragged.png", "--suite start",
     )  # fmt: skip
-    bench_command.add_options(bench)
+    bench.add_argument(
+        "--suite", choices=("decode", "ragged", "small", "formats", "start"), default="decode",
+        help="large batches (decode, the default), lengths that differ (ragged), single requests (small), formats with "
+        "layouts, scales and groups (formats), or the time from starting Python to the first result (start)",
+    )  # fmt: skip
+    bench.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
+    bench.add_argument(
+        "--peers", metavar="PREFIXES", default="",
+        help="only peers whose names start so, or none (default: all that are installed; torch's SDPA if torch is)",
+    )  # fmt: skip
+    bench.add_argument("--quick", action="store_true", help="without peers and the comparison with an fp16 cache")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write a record")
+    bench.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show a record instead of measuring")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the fractions of the limit; needs matplotlib")
+    bench.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return parser
 
 
@@ -163,3 +176,9 @@ def _compile(options: argparse.Namespace) -> int:
     if options.json:
         terminal.write_json(options.json, offline.record(reports, seconds))
     return 1 if any(offline.is_bad(report) for report in reports) else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import command
+
+    return command.run(options)

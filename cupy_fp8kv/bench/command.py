@@ -5,31 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .. import terminal
 from ..jit.device import cupy_problem
 from . import peers, plot, start, suites, table
 from .report import Report
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--suite", choices=(*suites.SUITES, "start"), default="decode",
-        help="large batches (decode, the default), lengths that differ (ragged), single requests (small), formats with "
-        "layouts, scales and groups (formats), or the time from starting Python to the first result (start)",
-    )  # fmt: skip
-    parser.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
-    parser.add_argument(
-        "--peers", metavar="PREFIXES", default="",
-        help="only peers whose names start so, or none (default: all that are installed; torch's SDPA if torch is)",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="without peers and the comparison with an fp16 cache")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show a record instead of measuring")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the fractions of the limit; needs matplotlib")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 
 def _split(text: str) -> list[str]:

@@ -213,11 +213,12 @@ def _fa3(inputs: TorchInputs, page: int | None) -> Call:
     schedule = flash_attn_interface.get_scheduler_metadata(
         shape.batch, 1, most, shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, cache_seqlens=inputs.lengths,
         qkv_dtype=torch.float8_e4m3fn, cu_seqlens_q=starts, page_size=page, causal=False,
+        num_splits=0,
     )  # fmt: skip
     return lambda s: flash_attn_interface.flash_attn_varlen_func(
         qs[s], *pages.caches[s], max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=most, seqused_k=inputs.lengths,
         block_table=pages.table, softmax_scale=inputs.sm_scale, causal=False, fa_version=3, q_descale=one,
-        k_descale=one, v_descale=one, scheduler_metadata=schedule,
+        k_descale=one, v_descale=one, scheduler_metadata=schedule, num_splits=0,
     )  # fmt: skip
 
 

@@ -73,6 +73,13 @@ def test_every_shape_is_a_call():
     assert {3, 4, 5, 6, 7} <= groups
 
 
+def test_the_command_line_knows_every_suite(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--suite", "no-such-suite"])
+    said = capsys.readouterr().err
+    assert all(repr(suite) in said or suite in said.split("choose from")[1] for suite in (*suites.SUITES, "start"))
+
+
 # Reports
 
 
