@@ -11,7 +11,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,42 +52,58 @@ def load(spec: Spec, device: int) -> Kernel:
     RuntimeError with NVRTC's log and the specialisation if the compilation fails.
     """
     kernel = _kernels.get((spec, device))
-    if kernel is None:
-        with _lock:
-            compiling = _compiling.setdefault((spec, device), threading.Lock())
-        with compiling:
-            kernel = _kernels.get((spec, device))
-            if kernel is None:
-                kernel = _kernels[spec, device] = _load(spec, device)
-    return kernel
+    return kernel if kernel is not None else _load_once(spec, device)
 
 
-def load_all(specs: Sequence[Spec], device: int) -> list[Kernel]:
-    """:func:`load` for each, at the same time on all cores: NVRTC works without Python's lock."""
+def load_all(specs: Sequence[Spec], device: int, advance: Callable[[], object] | None = None) -> list[Kernel]:
+    """:func:`load` for each, those that are missing at the same time on all cores: NVRTC works without Python's lock.
+
+    ``advance`` is called after each of those, in this thread. Whoever shows progress so is spared the messages.
+    """
     missing = [spec for spec in dict.fromkeys(specs) if (spec, device) not in _kernels]
     if len(missing) > 1:
-        from concurrent.futures import ThreadPoolExecutor  # costs milliseconds, and a program may never compile
-
-        runtime = require_cupy().cuda.runtime
-
-        def load_one(spec: Spec) -> Kernel:
-            ensure_context(runtime, device)
-            return load(spec, device)
-
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            for _ in pool.map(load_one, missing):
-                pass
+        _load_side_by_side(missing, device, advance)
     return [load(spec, device) for spec in specs]
 
 
-def _load(spec: Spec, device: int) -> Kernel:
+def _load_side_by_side(specs: Sequence[Spec], device: int, advance: Callable[[], object] | None) -> None:
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # costs milliseconds; a program may never compile
+
+    runtime = require_cupy().cuda.runtime
+
+    def load_one(spec: Spec) -> None:
+        ensure_context(runtime, device)
+        _load_once(spec, device, quiet=advance is not None)
+
+    with ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
+        try:
+            for done in as_completed([pool.submit(load_one, spec) for spec in specs]):
+                done.result()
+                if advance:
+                    advance()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _load_once(spec: Spec, device: int, quiet: bool = False) -> Kernel:
+    with _lock:
+        compiling = _compiling.setdefault((spec, device), threading.Lock())
+    with compiling:
+        kernel = _kernels.get((spec, device))
+        if kernel is None:
+            kernel = _kernels[spec, device] = _load(spec, device, quiet)
+    return kernel
+
+
+def _load(spec: Spec, device: int, quiet: bool = False) -> Kernel:
     cupy = require_cupy()
     arch = device_info(device).arch
     source = spec.source()
     module = _modules.get(source)
     if module is None:
         module = _modules[source] = cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc")
-    with on_device(cupy.cuda.runtime, device), _Progress(spec, arch):
+    with on_device(cupy.cuda.runtime, device), nullcontext() if quiet else _Progress(spec, arch):
         try:
             raw = module.get_function(spec.entry)
             handle = raw.kernel.ptr
