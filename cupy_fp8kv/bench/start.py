@@ -62,15 +62,18 @@ class Start:
     steps: Mapping[str, float]
 
 
-def _process(compute: bool, cache: Path, environment: Mapping[str, str]) -> dict[str, float]:
-    """When a process came how far, in seconds from its start."""
+def _process(compute: bool, folder: Path, cache: str, **environment: str) -> dict[str, float]:
+    """When a process came how far, in seconds from its start. ``folder`` holds bytecode and caches of kernels."""
     root = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Bytecode is kept, as Python does by default, but not beside the sources.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    kept = {"PYTHONPYCACHEPREFIX": str(folder / "bytecode"), "CUPY_CACHE_DIR": str(folder / cache)}
+    command = [sys.executable, "-c", f"COMPUTE = {compute}\n{_SCRIPT}"]
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", f"COMPUTE = {compute}\n{_SCRIPT}"], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "CUPY_CACHE_DIR": str(cache), **environment},
-    )  # fmt: skip
+        command, capture_output=True, text=True, env={**inherited, "PYTHONPATH": paths, **kept, **environment}
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise terminal.CommandError(f"a process that should give a first result failed: {last}")
@@ -89,21 +92,22 @@ def _summary(name: str, what: str, runs: list[dict[str, float]]) -> Start:
 def run(processes: int = 7) -> list[Start]:
     """Measure all; without a GPU only the import."""
     found = []
+    gpu = cupy_problem() is None
     with tempfile.TemporaryDirectory() as folder, terminal.progress() as bar:
-        gpu = cupy_problem() is None
         task = bar.add_task("start", total=processes * (3 if gpu else 1))
 
-        def measured(name: str, what: str, compute: bool, cache: Any, environment: Mapping[str, str]) -> None:
+        def measured(name: str, what: str, compute: bool, caches: list[str], **environment: str) -> None:
             runs = []
-            for index in range(processes):
-                runs.append(_process(compute, Path(folder) / cache(index), environment))
+            for cache in caches:
+                runs.append(_process(compute, Path(folder), cache, **environment))
                 bar.advance(task)
             found.append(_summary(name, what, runs))
 
+        _process(gpu, Path(folder), "first")  # leaves its bytecode, and kernels for the warm ones
         if gpu:
-            measured("cold", "empty kernel cache to the first result", True, lambda index: f"cold{index}", {})
-            measured("warm", "the same with the kernels in the cache", True, lambda index: "cold0", {})
-        measured("import", "import alone, no GPU visible", False, lambda index: "none", {"CUDA_VISIBLE_DEVICES": ""})
+            measured("cold", "empty kernel cache to the first result", True, [f"cold{i}" for i in range(processes)])
+            measured("warm", "the same with the kernels in the cache", True, ["first"] * processes)
+        measured("import", "import alone, no GPU visible", False, ["first"] * processes, CUDA_VISIBLE_DEVICES="")
     return found
 
 
