@@ -121,7 +121,7 @@ def record(starts: list[Start]) -> dict[str, Any]:
 def render(record: Mapping[str, Any]) -> Any:
     """The table of a record. ValueError if it is not one."""
     try:
-        where = record["device"] or f"no GPU here, so only the import: {cupy_problem()}"
+        where = record["device"] or "no GPU, so only the import"
         table = terminal.table(
             f"start: {where}, Python {record['python']}", "", "", "seconds", "fastest", "slowest", "of which", left=2,
             caption=record["method"],
