@@ -113,16 +113,26 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command(
         "bench", _bench, "the speed table, against the read limit (needs a GPU)",
-        "Times decode calls next to kernels that only read the same bytes, in the same run.",
-        "", "--suite decode --shapes gqa4,mha.b1 --quick", "--suite formats --json formats.json",
+        "Times decode calls next to kernels that only read the same bytes, in the same run, and next to other systems\n"
+        "that can be imported: torch's SDPA, FlashInfer, vLLM's kernels. Each of those runs in a process of its own.",
+        "", "--suite decode --shapes gqa4,mha.b1 --quick", "--suite ragged --peers torch,fi --json ragged.json",
+        "--from ragged.json --plot ragged.png", "--suite start",
     )  # fmt: skip
     bench.add_argument(
-        "--suite", choices=("decode", "small", "formats"), default="decode",
-        help="large batches (decode, the default), single requests (small), or formats, layouts, scales and groups",
+        "--suite", choices=("decode", "ragged", "small", "formats", "start"), default="decode",
+        help="large batches (decode, the default), lengths that differ (ragged), single requests (small), formats with "
+        "layouts, scales and groups (formats), or the time from starting Python to the first result (start)",
     )  # fmt: skip
     bench.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
-    bench.add_argument("--quick", action="store_true", help="without the comparison with an fp16 cache")
+    bench.add_argument(
+        "--peers", metavar="PREFIXES", default="",
+        help="only peers whose names start so, or none (default: all that are installed; torch's SDPA if torch is)",
+    )  # fmt: skip
+    bench.add_argument("--quick", action="store_true", help="without peers and the comparison with an fp16 cache")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write a record")
+    bench.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show a record instead of measuring")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the fractions of the limit; needs matplotlib")
+    bench.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
     tune = command(
         "tune", _tune, "find the fastest plan for a problem on this GPU, and keep it",
@@ -197,27 +207,14 @@ def _compile(options: argparse.Namespace) -> int:
         if report.error:
             print(f"\n{report.spec} for sm_{report.arch}:\n{report.error}", file=sys.stderr)
     if options.json:
-        _write(options.json, offline.record(reports, seconds))
+        terminal.write_json(options.json, offline.record(reports, seconds))
     return 1 if any(offline.is_bad(report) for report in reports) else 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench import suites
-    from .jit.device import cupy_problem
+    from .bench import command
 
-    try:
-        shapes = suites.chosen(options.suite, [prefix for prefix in options.shapes.split(",") if prefix])
-    except ValueError as error:
-        options.parser.error(f"--shapes: {error}")
-    if problem := cupy_problem():
-        raise terminal.CommandError(f"bench needs a GPU: {problem}")
-    from .bench import table
-
-    rows = table.run(shapes, fp16=not options.quick)
-    terminal.console().print(table.render(rows, options.suite))
-    if options.json:
-        _write(options.json, table.record(rows, options.suite))
-    return 1 if any(row.wrong for row in rows) else 0
+    return command.run(options)
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -242,7 +239,7 @@ def _tune(options: argparse.Namespace) -> int:
     for part in report.render(result):
         terminal.console().print(part)
     if options.json:
-        _write(options.json, result.record())
+        terminal.write_json(options.json, result.record())
     return 0
 
 
@@ -255,9 +252,5 @@ def _study(options: argparse.Namespace) -> int:
     outcomes = study.run(study.random_shapes(options.seed, options.count), options.seconds)
     terminal.console().print(study.render(outcomes, options.count, options.seed))
     if options.json:
-        _write(options.json, study.record(outcomes, options.count, options.seed))
+        terminal.write_json(options.json, study.record(outcomes, options.count, options.seed))
     return 0
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

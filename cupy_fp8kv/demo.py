@@ -12,7 +12,7 @@ from rich.text import Text
 from . import terminal
 from .backends import reference
 from .bench.inputs import relative_l2
-from .bench.table import TOLERANCES
+from .bench.report import TOLERANCES
 from .decode import batch_decode_with_padded_kv_cache
 from .formats import F16, KV_FORMATS, KVFormat
 from .jit.device import cupy_problem, device_info, has_gpu, require_cupy

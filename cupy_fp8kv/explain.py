@@ -86,7 +86,7 @@ def warmup(
     logits_soft_cap: bool = False,
     device: int = 0,
 ) -> list[str]:
-    """Compile every kernel that decode calls of this kind may choose, so that no later call has to.
+    """Compile every kernel that decode calls of this kind may choose, on all cores, so that no later call has to.
 
     Not those that only :func:`tune` chooses, which have been compiled where it ran.
 

@@ -53,10 +53,13 @@ class PreparedDecode:
         split = plan.splits > 1
         self._params = params
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
+        merge = MergeSpec(problem.q_format) if split else None
+        compiler.load_all([spec for spec in (plan.spec, merge) if spec], device)  # at the same time
         self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=plan.early)
-        if split:
-            merge = compiler.load(MergeSpec(problem.q_format), device)
-            self._merge = Launch(merge, problem.batch * problem.num_qo_heads, params, dependent=True)
+        if merge:
+            self._merge = Launch(
+                compiler.load(merge, device), problem.batch * problem.num_qo_heads, params, dependent=True
+            )
 
     def run(self, library: Library, values: tuple[int | float, ...]) -> None:
         """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""

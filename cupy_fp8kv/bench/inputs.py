@@ -6,6 +6,7 @@ a random generator of the GPU nor any kernel but the measured ones is needed.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -65,6 +66,7 @@ class InputSets:
     caches: Sequence[tuple[Any, Any]]
     outs: Sequence[Any]
     scales: dict[str, Any]  # CuPy arrays by argument
+    kv_lens: Any  # CuPy array, or None
 
     @classmethod
     def of(cls, shape: Shape, filler: Filler, sets: int | None = None) -> InputSets:
@@ -87,7 +89,8 @@ class InputSets:
             scales = {name: cupy.asarray(row) for name, row in zip(("k_scale", "v_scale"), values, strict=True)}
         qs = [library.from_numpy(q, 0) for q in queries]
         outs = [library.empty(q_shape, q_dtype.name, 0)[0] for _ in range(sets)]
-        return cls(shape, qs, caches, outs, scales)
+        kv_lens = None if shape.kv_lens is None else cupy.asarray(np.array(shape.kv_lens, np.int32))
+        return cls(shape, qs, caches, outs, scales, kv_lens)
 
     @classmethod
     def in_fp16(cls, shape: Shape, filler: Filler, sets: int) -> InputSets:
@@ -98,9 +101,25 @@ class InputSets:
         return len(self.qs)
 
     @cached_property
+    def pieces(self) -> list[tuple[Any, Any]]:
+        """As many bytes of K and of V as a call of each set reads, in one piece."""
+        if self.shape.kv_lens is None:
+            return list(self.caches)
+        shape = self.shape
+        return [
+            (
+                k.reshape(-1).view(np.uint8)[: shape.elements * KV_FORMATS[shape.k].itemsize],
+                v.reshape(-1).view(np.uint8)[: shape.elements * KV_FORMATS[shape.v].itemsize],
+            )
+            for k, v in self.caches
+        ]
+
+    @cached_property
     def calls(self) -> list[Callable[[], Any]]:
-        """Each set's call, with what only uint8 codes other than E4M3FN, or scales, ask for."""
+        """Each set's call, with what only uint8 codes other than E4M3FN, scales, or lengths ask for."""
         options = dict(self.scales)
+        if self.kv_lens is not None:
+            options["kv_lens"] = self.kv_lens
         if (self.shape.k, self.shape.v) != ("e4m3", "e4m3"):
             options["kv_format"] = (self.shape.k, self.shape.v)
         return [
@@ -111,14 +130,55 @@ class InputSets:
     def call(self, s: int) -> None:
         self.calls[s]()
 
+    def plan_call(self) -> Callable[[int], None] | None:
+        """``call`` through one plan for all sets, its lengths scheduled here and now; None without plans."""
+        plan_class = getattr(importlib.import_module(__package__.partition(".")[0]), "DecodePlan", None)
+        if plan_class is None:
+            return None
+        shape = self.shape
+        formats = {} if (shape.k, shape.v) == ("e4m3", "e4m3") else {"kv_format": (shape.k, shape.v)}
+        ragged = self.kv_lens is not None
+        plan = plan_class(self.qs[0], *self.caches[0], shape.kv_layout, ragged=ragged, **formats)
+        if ragged:
+            plan.schedule(self.kv_lens)
+        runs = [
+            partial(plan.run, q, k, v, out=out, **self.scales)
+            for q, (k, v), out in zip(self.qs, self.caches, self.outs, strict=True)
+        ]
+        return lambda s: runs[s]()
+
     def error(self) -> float:
-        """Relative L2 of what the last set's out holds against float64, on the last request (or its first heads)."""
+        """:meth:`error_of` what the last set's ``out`` holds."""
+        return self.error_of(cupy_library().to_numpy(self.outs[-1]))
+
+    def error_of(self, out: np.ndarray) -> float:
+        """Relative L2 against float64 of a result of the last set: the last request, and the longest and shortest.
+
+        Of a long request only the first heads are looked at.
+        """
+        lengths = self.shape.lengths
+        chosen = {lengths.index(max(lengths)), lengths.index(min(lengths))} if self.shape.kv_lens else set()
+        errors = []
+        for request in chosen | {self.shape.batch - 1}:
+            if request not in self._wanted:
+                self._wanted[request] = self._reference(request)
+            want = self._wanted[request]
+            errors.append(relative_l2(out[request][None, : want.shape[1]], want))
+        return max(errors)
+
+    @cached_property
+    def _wanted(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def _reference(self, request: int) -> np.ndarray:
+        """What the last set gives in float64: its first heads, as many as are looked at."""
         shape, library = self.shape, cupy_library()
-        request = shape.batch - 1
-        k, v = (library.to_numpy(cache[request]) for cache in self.caches[-1])
+        length = shape.lengths[request]
+        by_row = (slice(length),) if shape.kv_layout == "NHD" else (slice(None), slice(length))
+        k, v = (library.to_numpy(cache[request][by_row]) for cache in self.caches[-1])
         if shape.kv_layout == "HND":
             k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-        heads = max(1, min(shape.num_kv_heads, _MOST_CHECKED // max(1, shape.kv_len * shape.head_dim)))
+        heads = max(1, min(shape.num_kv_heads, _MOST_CHECKED // max(1, length * shape.head_dim)))
         query_heads = heads * (shape.num_qo_heads // shape.num_kv_heads)
         scales: dict[str, Any] = {name: library.to_numpy(scale)[:heads] for name, scale in self.scales.items()}
         want, _ = reference.attention(
@@ -126,7 +186,7 @@ class InputSets:
             k_format=KV_FORMATS[shape.k], v_format=KV_FORMATS[shape.v], sm_scale=shape.head_dim**-0.5,
             compute_dtype=np.float64, **scales,
         )  # fmt: skip
-        return relative_l2(library.to_numpy(self.outs[-1][request])[None, :query_heads], want)
+        return want
 
 
 def relative_l2(got: Any, want: Any) -> float:

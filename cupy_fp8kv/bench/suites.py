@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ..formats import KV_FORMATS
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode call over full-length caches. ``head_scales``: K and V with a scale for every head, on the device."""
+    """One decode call. ``head_scales``: K and V with a scale for every head, on the device.
+
+    ``kv_lens``: the rows of each request, on the device; ``kv_len`` is then what each has room for in the cache, and
+    only the rows that count are counted as bytes. None: every request has ``kv_len`` rows, and the call no lengths.
+    """
 
     name: str
     batch: int
@@ -22,11 +29,16 @@ class Shape:
     v: str = "e4m3"
     kv_layout: str = "NHD"
     head_scales: bool = False
+    kv_lens: tuple[int, ...] | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.kv_lens or (self.kv_len,) * self.batch
 
     @property
     def elements(self) -> int:
-        """Of K, and of V."""
-        return self.batch * self.kv_len * self.num_kv_heads * self.head_dim
+        """Of K, and of V, that the call reads."""
+        return sum(self.lengths) * self.num_kv_heads * self.head_dim
 
     @property
     def kv_bytes(self) -> int:
@@ -69,6 +81,20 @@ _SMALL = (
 )
 
 
+def log_uniform(count: int, low: int, high: int) -> tuple[int, ...]:
+    """Lengths whose logarithms are equally likely: what requests of a busy server look like. Always the same ones."""
+    logarithms = np.random.default_rng(0).uniform(math.log(low), math.log(high), count)
+    return tuple(int(length) for length in np.exp(logarithms).round())
+
+
+_RAGGED = (
+    Shape("ragged.mha.b32", 32, 16384, 32, 32, kv_lens=log_uniform(32, 16, 16384)),
+    Shape("ragged.gqa4.b64", 64, 16384, 32, 8, kv_lens=log_uniform(64, 16, 16384)),
+    Shape("ragged.gqa8.b64", 64, 16384, 64, 8, kv_lens=log_uniform(64, 16, 16384)),
+    Shape("long.gqa4.b64", 64, 131072, 32, 8, kv_lens=(131072, *(512,) * 63)),
+)
+
+
 def _formats() -> tuple[Shape, ...]:
     base = Shape("", 16, 4096, 32, 8)
     shapes = [replace(base, name=name, k=name, v=name) for name in KV_FORMATS]
@@ -82,7 +108,9 @@ def _formats() -> tuple[Shape, ...]:
     return tuple(shapes + [replace(base, name=f"group{group}", num_qo_heads=8 * group) for group in (3, 5, 6, 7)])
 
 
-SUITES = {"decode": _DECODE, "small": _SMALL, "formats": _formats()}
+SUITES = {"decode": _DECODE, "ragged": _RAGGED, "small": _SMALL, "formats": _formats()}
+#: What the other rows of a suite are held against, by the suite's name.
+BASES = {"formats": "e4m3"}
 
 
 def chosen(suite: str, prefixes: list[str]) -> list[Shape]:

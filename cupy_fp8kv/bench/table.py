@@ -1,130 +1,113 @@
-"""The benchmark: every shape of a suite against the read limit of the same run, as a table and as a record."""
+"""A report as tables, for a terminal and for a Markdown document."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import statistics
 from typing import Any
 
 from rich.text import Text
 
-from .. import info, terminal
-from ..formats import KV_FORMATS
-from ..jit import sources
-from ..jit.device import require_cupy
-from .inputs import Filler, InputSets
-from .limit import Limit, ReadLimit
+from .. import terminal
+from .report import PeerFigure, Report, Row
 from .suites import Shape
-from .timing import METHOD, host_us, time_calls
-
-#: Relative L2 that rounding the result to q's type may cost, with as much again for everything else.
-TOLERANCES = {"f16": 5e-4, "bf16": 4e-3}
 
 
-@dataclass(frozen=True)
-class Row:
-    """Times in microseconds; ``fraction`` is limit over ours. fp16 figures are None where they were not asked for."""
-
-    shape: Shape
-    kv_bytes: int
-    limit: Limit
-    us: float
-    us_low: float
-    us_high: float
-    host_us: float
-    error: float
-    fp16_us: float | None
-
-    @property
-    def fraction(self) -> float:
-        return self.limit.us / self.us
-
-    @property
-    def gb_per_second(self) -> float:
-        return self.kv_bytes / self.us / 1e3
-
-    @property
-    def speedup(self) -> float | None:
-        return None if self.fp16_us is None else self.fp16_us / self.us
-
-    @property
-    def wrong(self) -> bool:
-        return not self.error <= TOLERANCES[self.shape.q]
-
-    def record(self) -> dict[str, Any]:
-        values = {**asdict(self.shape), **asdict(self)}
-        del values["shape"]
-        limit = values.pop("limit")
-        return {
-            **values, "limit_us": limit["us"], "limit_by": limit["variant"], "fraction": self.fraction,
-            "gb_per_second": self.gb_per_second, "fp16_speedup": self.speedup,
-        }  # fmt: skip
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
-def measure(shape: Shape, filler: Filler, reader: ReadLimit, *, fp16: bool) -> Row:
-    cupy = require_cupy()
-    inputs = InputSets.of(shape, filler)
-    limit = reader.measure(inputs.caches)
-    timing = time_calls(cupy, inputs.call, len(inputs), shape.kv_bytes)
-    error = inputs.error()  # of a replay's result
-    host = host_us(cupy, inputs.call, len(inputs))
-    fp16_us = None
-    if fp16 and (KV_FORMATS[shape.k].is_fp8 or KV_FORMATS[shape.v].is_fp8):
-        count = len(inputs)
-        del inputs
-        wide = InputSets.in_fp16(shape, filler, count)
-        fp16_us = time_calls(cupy, wide.call, len(wide), wide.shape.kv_bytes).us
-    return Row(shape, shape.kv_bytes, limit, timing.us, timing.low, timing.high, host, error, fp16_us)
-
-
-def run(shapes: list[Shape], *, fp16: bool) -> list[Row]:
-    """Measure all shapes. terminal.CommandError if one does not fit into the device's memory."""
-    cupy = require_cupy()
-    filler, reader = Filler(), ReadLimit()
-    rows = []
-    with terminal.progress() as bar:
-        task = bar.add_task("", total=len(shapes))
-        for shape in shapes:
-            bar.update(task, description=shape.name)
-            try:
-                rows.append(measure(shape, filler, reader, fp16=fp16))
-            except cupy.cuda.memory.OutOfMemoryError as error:
-                raise terminal.CommandError(f"{shape.name} does not fit into the device's memory: {error}") from error
-            cupy.get_default_memory_pool().free_all_blocks()
-            bar.advance(task)
-    return rows
-
-
-def render(rows: list[Row], suite: str) -> Any:
-    machine = machine_record()
+def render(report: Report) -> list[Any]:
+    """Our table, and one of the peers if there are any."""
+    machine, base = report.machine, report.base
+    planned = any(row.plan_us for row in report.rows)
+    relative = [f"to {base.shape.name}'s"] if base else []
     table = terminal.table(
-        f"{suite}: {machine['device']}, CuPy {machine['cupy']}, driver for CUDA {machine['driver_cuda']}",
-        "shape", "KV MB", "limit µs", "ours µs", "of limit", "GB/s", "fp16 cache µs", "speedup", "host µs", "error",
-        caption=METHOD,
+        f"{report.suite}: {machine['device']}, CuPy {machine['cupy']}, driver for CUDA {machine['driver_cuda']}",
+        "shape", "KV MB", "limit µs", "ours µs", "of limit", *relative, "GB/s", "fp16 cache µs", "speedup", "host µs",
+        *(["plan µs", "plan of limit", "plan host µs"] if planned else []), "error", caption=report.method,
     )  # fmt: skip
-    for row in rows:
+    for row in report.rows:
         table.add_row(
-            row.shape.name, f"{row.kv_bytes / 1e6:.1f}", f"{row.limit.us:.2f}", f"{row.us:.2f}", f"{row.fraction:.3f}",
-            f"{row.gb_per_second:.0f}", "-" if row.fp16_us is None else f"{row.fp16_us:.2f}",
-            "-" if row.speedup is None else f"{row.speedup:.2f}", f"{row.host_us:.1f}",
-            Text(f"{row.error:.1e}", style="red" if row.wrong else ""),
+            row.shape.name, f"{row.kv_bytes / 1e6:.1f}", f"{row.limit_us:.2f}", f"{row.us:.2f}", f"{row.fraction:.3f}",
+            *([f"{row.fraction / base.fraction:.3f}"] if base else []), f"{row.gb_per_second:.0f}",
+            _or_dash(row.fp16_us, ".2f"), _or_dash(row.speedup, ".2f"), f"{row.host_us:.1f}",
+            *(_plan_cells(row) if planned else []), Text(f"{row.error:.1e}", style="red" if row.wrong else ""),
         )  # fmt: skip
+    return [table, *([_peer_table(report)] if report.peers else []), *map(Text, _reasons(report))]
+
+
+def _plan_cells(row: Row) -> list[str]:
+    fraction = row.plan_us and row.limit_us / row.plan_us
+    return [_or_dash(row.plan_us, ".2f"), _or_dash(fraction, ".3f"), _or_dash(row.plan_host_us, ".1f")]
+
+
+def _peer_table(report: Report) -> Any:
+    table = terminal.table(
+        "peers: µs, of the limit", "shape", "ours", *report.peers,
+        caption="; ".join(f"{name}: {peer.title} ({peer.version})" for name, peer in report.peers.items()),
+    )  # fmt: skip
+    for row in report.rows:
+        table.add_row(
+            row.shape.name, f"{row.us:.1f} {row.fraction:.2f}", *(_peer_cell(row, name) for name in report.peers)
+        )
+    table.add_section()
+    table.add_row("host µs, median", *(_or_dash(value, ".0f") for value in _median_host_us(report)))
     return table
 
 
-def machine_record() -> dict[str, Any]:
-    """The machine and the versions of a record: no paths, nothing personal."""
-    facts = info.gather()
-    device = facts["devices"][require_cupy().cuda.runtime.getDevice()]
-    return {
-        "device": device["name"], "arch": device["arch"], "sm_count": device["sm_count"],
-        "memory_bytes": device["memory_bytes"],
-        **{name: facts[name] for name in ("driver_cuda", "runtime_cuda", "nvrtc")},
-        **{name: facts["versions"][name] for name in ("python", "cupy_fp8kv", "numpy", "cupy")},
-    }  # fmt: skip
+def _peer_cell(row: Row, peer: str) -> str:
+    """``-``: no such case, or not measured; ``x``: failed."""
+    figure = row.peers.get(peer, PeerFigure(skipped=True))
+    if figure.us is None:
+        return "-" if figure.skipped else "x"
+    return f"{figure.us:.1f} {row.limit_us / figure.us:.2f}"
 
 
-def record(rows: list[Row], suite: str) -> dict[str, Any]:
-    return {
-        "suite": suite, **machine_record(), "sources": sources.digest(), "method": METHOD,
-        "tolerances": TOLERANCES, "rows": [row.record() for row in rows],
-    }  # fmt: skip
+def _median_host_us(report: Report) -> list[float | None]:
+    """Ours, then each peer's."""
+    columns: list[list[float | None]] = [[row.host_us for row in report.rows]]
+    columns += [[row.peers[name].host_us for row in report.rows if name in row.peers] for name in report.peers]
+    known = [[value for value in column if value is not None] for column in columns]
+    return [statistics.median(values) if values else None for values in known]
+
+
+def _reasons(report: Report) -> list[str]:
+    """Why peers failed, each reason once for a peer."""
+    lines: dict[str, None] = {}
+    for row in report.rows:
+        for name, figure in row.peers.items():
+            if figure.reason and not figure.skipped:
+                lines.setdefault(f"{name} failed on {row.shape.name}: {figure.reason}")
+    return list(lines)
+
+
+def markdown(report: Report) -> str:
+    """The table as a document has it: ours, and the fraction of the limit of each family's fastest."""
+    families = report.families
+    base = report.base
+    head = ["shape", "requests × rows, heads, head_dim", "K and V", "read limit", "time", "of the limit"]
+    head += ["of E4M3FN's fraction"] if base else []
+    speedups = any(row.speedup for row in report.rows)
+    head += ["against fp16"] if speedups else []
+    head += ["host", *families]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for row in report.rows:
+        cells = [
+            f"`{row.shape.name}`", _describe(row.shape), f"{row.kv_bytes / 1e6:.0f} MB", f"{row.limit_us:.1f} µs",
+            f"{row.us:.1f} µs", f"{row.fraction:.3f}",
+        ]  # fmt: skip
+        cells += [f"{row.fraction / base.fraction:.3f}"] if base else []
+        cells += [_or_dash(row.speedup, ".2f")] if speedups else []
+        cells.append(f"{row.host_us:.0f} µs")
+        cells += [_or_dash(max_fraction(row, names), ".2f") for names in families.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def max_fraction(row: Row, peers: list[str]) -> float | None:
+    return max((fraction for name in peers if (fraction := row.peer_fraction(name)) is not None), default=None)
+
+
+def _describe(shape: Shape) -> str:
+    rows = str(shape.kv_len) if shape.kv_lens is None else f"{min(shape.kv_lens)}…{max(shape.kv_lens)}"
+    return f"{shape.batch} × {rows}, {shape.num_qo_heads}/{shape.num_kv_heads}, {shape.head_dim}"

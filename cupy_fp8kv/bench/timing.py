@@ -17,7 +17,8 @@ from typing import Any
 
 METHOD = (
     "median of CUDA graph replays, each of many calls over input sets that together exceed 4 times the L2 cache; "
-    "limit: the fastest of several kernels that only read the same bytes, in the same run"
+    "limit: the fastest of several kernels that only read the same bytes, in the same run "
+    "(of a ragged batch: as many bytes in one piece)"
 )
 #: Input sets hold this many times the L2 cache.
 _L2_MULTIPLE = 4.2
@@ -62,27 +63,45 @@ def capture(stream: Any, call: Call, sets: int, calls: int) -> Any:
     return stream.end_capture()
 
 
-def time_calls(cupy: Any, call: Call, sets: int, set_bytes: int, *, replays: int = 21) -> Timing:
-    """Time ``call(s)``: it launches on CuPy's current stream with input set ``s < sets``, into memory it is given."""
+class CupyGraphs:
+    """How calls that follow CuPy's current stream are run on a stream, and become a graph."""
+
+    def on(self, stream: Any) -> Any:
+        """Makes ``stream``, one of CuPy's, the current one."""
+        return stream
+
+    def capture(self, stream: Any, call: Call, sets: int, calls: int) -> Callable[[], object]:
+        """What launches the calls again, on ``stream``, which is the current one."""
+        graph = capture(stream, call, sets, calls)
+        return lambda: graph.launch(stream)
+
+
+def time_calls(cupy: Any, call: Call, sets: int, set_bytes: int, *, replays: int = 21, graphs: Any = None) -> Timing:
+    """Time ``call(s)``: it launches on the current stream with input set ``s < sets``, into memory it is given.
+
+    ``graphs``: what :class:`CupyGraphs` is for CuPy, for a library that has a current stream of its own.
+    """
+    graphs = graphs or CupyGraphs()
     calls = max(sets, math.ceil(_REPLAY_US / max(1.0, set_bytes / _GUESSED_BYTES_PER_US)))
     calls = min(math.ceil(calls / sets) * sets, max(_MOST_CALLS // sets * sets, sets))
     stream = cupy.cuda.Stream(non_blocking=True)
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
     times: list[float] = []
+
     cupy.cuda.runtime.deviceSynchronize()  # inputs may come from another stream
-    with stream:
+    with graphs.on(stream):
         # Compiles, and leaves the workspace of a call in this stream's pool: a capture should find it there.
         for index in range(3):
             call(index % sets)
         stream.synchronize()
-        graph = capture(stream, call, sets, calls)
+        launch = graphs.capture(stream, call, sets, calls)
         for _ in range(3):
-            graph.launch(stream)
+            launch()
         stream.synchronize()
         give_up = time.perf_counter() + _MOST_SECONDS
         while len(times) < replays and (len(times) < 5 or time.perf_counter() < give_up):
             start.record(stream)
-            graph.launch(stream)
+            launch()
             stop.record(stream)
             stop.synchronize()
             times.append(cupy.cuda.get_elapsed_time(start, stop) * 1e3 / calls)
@@ -90,10 +109,11 @@ def time_calls(cupy: Any, call: Call, sets: int, set_bytes: int, *, replays: int
     return Timing(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
 
 
-def host_us(cupy: Any, call: Call, sets: int, *, calls: int = 40, blocks: int = 5) -> float:
+def host_us(cupy: Any, call: Call, sets: int, *, calls: int = 40, blocks: int = 5, graphs: Any = None) -> float:
     """Microseconds until an eager call returns: the median of some blocks of calls, fewer than a stream can queue."""
     times = []
-    with cupy.cuda.Stream(non_blocking=True) as stream:
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with (graphs or CupyGraphs()).on(stream):
         call(0)
         for _ in range(blocks):
             stream.synchronize()

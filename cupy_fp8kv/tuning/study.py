@@ -14,8 +14,8 @@ from rich.text import Text
 
 from .. import terminal
 from ..bench.inputs import Filler
+from ..bench.measure import machine_record
 from ..bench.suites import Shape
-from ..bench.table import machine_record
 from ..formats import KV_FORMATS
 from ..jit import sources
 from ..jit.device import device_info, require_cupy

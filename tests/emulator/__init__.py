@@ -263,6 +263,9 @@ class Emulator:
         with monkeypatch.context() as patch:
             patch.setattr(arrays, "_by_type", {**arrays._by_type, EmulatedArray: library})
             patch.setattr(compiler, "load", self.load)
+            patch.setattr(
+                compiler, "load_all", lambda specs, device, advance=None: [self.load(spec, device) for spec in specs]
+            )
             patch.setattr(launch, "launch_kernel", lambda: self.launch_kernel)
             patch.setattr(launch, "device_info", lambda index: DEVICE)
             patch.setattr(cuda, "device_info", lambda index: DEVICE)
