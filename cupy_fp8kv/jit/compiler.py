@@ -59,15 +59,23 @@ def load(spec: Spec, device: int) -> Kernel:
 def load_all(specs: Sequence[Spec], device: int, advance: Callable[[], object] | None = None) -> list[Kernel]:
     """:func:`load` for each, those that are missing at the same time on all cores: NVRTC works without Python's lock.
 
-    ``advance`` is called after each of those, in this thread. Whoever shows progress so is spared the messages.
+    ``advance`` is called once for each, in this thread. Whoever shows progress so is spared the messages.
     """
     missing = [spec for spec in dict.fromkeys(specs) if (spec, device) not in _kernels]
-    if len(missing) > 1:
+    if advance:
+        for _ in range(len(specs) - len(missing)):
+            advance()
+    if missing:
         _load_side_by_side(missing, device, advance)
     return [load(spec, device) for spec in specs]
 
 
 def _load_side_by_side(specs: Sequence[Spec], device: int, advance: Callable[[], object] | None) -> None:
+    if len(specs) == 1:
+        _load_once(specs[0], device, quiet=advance is not None)
+        if advance:
+            advance()
+        return
     from concurrent.futures import ThreadPoolExecutor, as_completed  # costs milliseconds; a program may never compile
 
     runtime = require_cupy().cuda.runtime
