@@ -368,7 +368,7 @@ def test_the_error_of_a_load_has_log_and_specialisation(made_up_device):
     failing = [True]
 
     def function(code):
-        if failing[0]:
+        if failing[0] and "// decode[" in code:
             from cupy.cuda.compiler import CompileException
 
             raise CompileException(log, code, "kernel.cu", ("-std=c++17",))
