@@ -78,8 +78,8 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
 
 // Keeps the ring full: what one thread of a warp of its own does.
 DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
-    const RowRange range = RowRange::of_request(Layout::kv_len(p, work.request), p.window_left);
-    const int step = p.splits.value * kTurnRows;
+    const RowRange range = RowRange::of_request(work.kv_len, p.window_left);
+    const int step = work.splits * kTurnRows;
     KVRing::Turn turn;
     int filled = 0;
     for (int row = range.begin + work.split * kTurnRows; row < range.end; row += step) {
@@ -90,8 +90,7 @@ DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
 
 // Attention of one CTA's share, by its first kWarps warps.
 DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, const Lane& lane, u8* shared) {
-    const int kv_len = Layout::kv_len(p, work.request);
-    const RowRange range = RowRange::of_request(kv_len, p.window_left);
+    const RowRange range = RowRange::of_request(work.kv_len, p.window_left);
     const int head_of_team = lane.warp % kHeads;
     const int kv_head = work.head_team * kHeads + head_of_team;
     const auto k_rows = Layout::k_rows(p, work.request, kv_head).from(Keys::Slice::begin(lane.thread));
@@ -101,7 +100,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     Values values;
     // The warps of all CTAs that share a request take turns over its tiles, so that what is read at one time lies close
     // together. plan.split_rows is the same formula.
-    const int step = p.splits.value * kTurnRows;
+    const int step = work.splits * kTurnRows;
     const int row_in_turn = lane.warp / kHeads * kTileRows;
     int first_row = range.begin + work.split * kTurnRows;  // of the rows that the warps take together
     // The cache's first rows are asked for before q is even read.
@@ -159,7 +158,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             if (kAhead == 1 && more) keys.load(k_rows, range, next, lane);
             if (kAhead == 0 && !kHasRing) values.load(v_rows, range, row, lane);
         }
-        to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
+        to_logits(scores, queries, p, scale, row, first_head, work.kv_len, range, lane);
         columns.update(scores);
         if constexpr (kHasRing) {
             const u8* box = ring.wait_for_v(turn);
@@ -199,14 +198,14 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             const bool reports = j == 0 && group == 0;
             const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
                                                                work.head_team * kHeads + head_in_team);
-            if (p.splits.value == 1) {
+            if (work.splits == 1) {
                 const float factor = state.normalizer() * out_scale;
                 u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
                 *reinterpret_cast<u32*>(out + dim * QFormat::kBytes) =
                     QFormat::Operand::pack(first * factor, second * factor);
                 if (reports && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
             } else {
-                const i64 part = row_of_out * p.splits.value + work.split;
+                const i64 part = Schedule::partial(p, work, head);
                 *reinterpret_cast<float2*>(p.partial_out + part * kHeadDim + dim) =
                     make_float2(first * out_scale, second * out_scale);
                 if (reports)
@@ -218,17 +217,20 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) u8 shared[];
     const Lane lane = Lane::self();
-    const Work work = Schedule::work(p, blockIdx.x);
+    const Place place = Place::of(p, blockIdx.x);
     const KVRing ring(shared);
     if constexpr (kHasRing) {
-        const bool feeds = lane.warp == kWarps && lane.index() == 0;
-        if (feeds) ring.init();
+        if (lane.warp == kWarps && lane.index() == 0) ring.init();
         ptx::sync_threads();
-        ptx::wait_for_previous_kernel();  // nothing before this reads memory
-        if (feeds) feed(p, work, ring);
-        if (lane.warp == kWarps) return;
-    } else {
-        ptx::wait_for_previous_kernel();
+    }
+    ptx::wait_for_previous_kernel();  // nothing before this reads memory
+    const Work work = Schedule::work<Layout>(p, place);
+    if (Schedule::kHasSurplus && work.splits == 0) return;
+    if constexpr (kHasRing) {
+        if (lane.warp == kWarps) {
+            if (lane.index() == 0) feed(p, work, ring);
+            return;
+        }
     }
     attend(p, work, ring, lane, shared + kRingBytes);
 }

@@ -7,15 +7,17 @@ from ..jit import compiler
 from ..jit.device import device_info, ensure_context, on_device, require_cupy
 from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
-from ..jit.spec import MergeSpec, QuantizeSpec
+from ..jit.spec import MergeSpec, QuantizeSpec, ScheduleSpec
 from ..jit.tensor_map import TensorMaps
-from ..plan import Plan, plan_decode
+from ..plan import Plan, least_turns, plan_decode
 from ..problem import DecodeProblem
 
 #: Fields of DecodeParams that change from call to call.
-_DECODE_LEADING = 18
-#: Where K stands among the values of a call; V follows.
+_DECODE_LEADING = 19
+#: Where K stands among the values of a call; V follows. And where lengths and window stand.
 _K_VALUE = 4
+_KV_LENS_VALUE = 6
+_WINDOW_VALUE = 13
 #: Fields of QuantizeParams likewise.
 _QUANTIZE_LEADING = 4
 
@@ -39,48 +41,82 @@ class PreparedDecode:
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
             num_kv_heads=problem.num_kv_heads,
+            batch=problem.batch, list_parts=plan.bounds.parts if plan.bounds else 0,
+            most_split=plan.bounds.split_requests if plan.bounds else 0, least_turns=least_turns(plan.spec),
             **divisors(
                 head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
-                splits=plan.splits,
+                splits=plan.splits, turn_rows=plan.spec.turn_rows,
             ),
         )  # fmt: skip
         # With a merge behind it, a call may start while the merge of the call before it runs.
-        split = plan.splits > 1
+        merged = plan.bounds.split_requests if plan.bounds else problem.batch * (plan.splits > 1)
         self._params = params
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
-        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=split)
-        if split:
-            merge = compiler.load(MergeSpec(problem.q_format), device)
-            self._merge = Launch(merge, problem.batch * problem.num_qo_heads, params, dependent=True)
+        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=merged > 0)
+        self._schedule: Launch | None = None
+        self._merge: Launch | None = None
+        if plan.bounds:
+            schedule = compiler.load(ScheduleSpec.of_batch(problem.batch), device)
+            self._schedule = Launch(schedule, 1, params, dependent=True)
+        if merged:
+            merge = compiler.load(MergeSpec(problem.q_format, plan.spec.schedule), device)
+            self._merge = Launch(merge, merged * problem.num_qo_heads, params, dependent=True)
 
-    def run(self, library: Library, values: tuple[int | float, ...]) -> None:
-        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""
+    def run(self, library: Library, values: tuple[int | float, ...], work_list: int = 0) -> None:
+        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``.
+
+        ``work_list``: where ``schedule`` has left one; without, a plan that needs it makes its own.
+        """
         ensure_context(self._runtime, self.device)
         if self._runtime.getDevice() != self.device:
             with on_device(self._runtime, self.device):
-                self._run(library, values)
+                self._run(library, values, work_list)
         else:
-            self._run(library, values)
+            self._run(library, values, work_list)
 
-    def _run(self, library: Library, values: tuple[int | float, ...]) -> None:
+    def _run(self, library: Library, values: tuple[int | float, ...], work_list: int) -> None:
         plan = self.plan
         if plan.grid == 0:
             return
         stream, params = library.stream(self.device), self._params
-        if plan.splits == 1:
+        if self._merge is None:
             with params.lock:
-                self._write(0, 0, values)
+                self._write(0, 0, 0, values)
                 self._decode(stream)
             return
         # What the workspace's owner frees when this returns is freed in the order of the stream.
-        _workspace, partial_out = library.workspace(plan.workspace, self.device, stream)
+        list_bytes = 0 if work_list else plan.workspace_list
+        size = list_bytes + plan.workspace_out + plan.workspace_state
+        _workspace, address = library.workspace(size, self.device, stream)
+        partial_out = address + list_bytes
         with params.lock:
-            self._write(partial_out, partial_out + plan.workspace_out, values)
+            self._write(partial_out, partial_out + plan.workspace_out, work_list or address, values)
+            if list_bytes and self._schedule is not None:
+                self._schedule(stream)
             self._decode(stream)
             self._merge(stream)
 
-    def _write(self, partial_out: int, partial_state: int, values: tuple[int | float, ...]) -> None:
-        self._params.write(partial_out, partial_state, *values)
+    def schedule(self, library: Library, kv_lens: int, window_left: int, work_list: int) -> None:
+        """Make the work list of the lengths at ``kv_lens`` on the caller's current stream, for later ``run``."""
+        ensure_context(self._runtime, self.device)
+        values: list[int | float] = [0] * (_DECODE_LEADING - 3)
+        values[_KV_LENS_VALUE], values[_WINDOW_VALUE] = kv_lens, window_left
+        params = self._params
+        with on_device(self._runtime, self.device), params.lock:
+            params.write(0, 0, work_list, *values)
+            assert self._schedule is not None
+            self._schedule(library.stream(self.device))
+
+    def copy_lens(self, library: Library, kv_lens: int, to: int) -> None:
+        """Copy the lengths at ``kv_lens`` on the caller's current stream."""
+        ensure_context(self._runtime, self.device)
+        with on_device(self._runtime, self.device):
+            device_to_device = 3  # cudaMemcpyKind
+            stream = library.stream(self.device)
+            self._runtime.memcpyAsync(to, kv_lens, 4 * self.problem.batch, device_to_device, stream)
+
+    def _write(self, partial_out: int, partial_state: int, work_list: int, values: tuple[int | float, ...]) -> None:
+        self._params.write(partial_out, partial_state, work_list, *values)
         if self._tensor_maps:
             self._tensor_maps.write(int(values[_K_VALUE]), int(values[_K_VALUE + 1]), self._params.tensor_maps)
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import toolchain
 
-FILES = ("test_emulator.py", "test_emulator_ring.py", "test_emulator_bugs.py", "test_emulator_ptx.py")
+FILES = (
+    "test_emulator.py",
+    "test_emulator_ring.py",
+    "test_emulator_schedule.py",
+    "test_emulator_bugs.py",
+    "test_emulator_ptx.py",
+)
 
 
 def main(arguments: list[str]) -> None:
