@@ -28,7 +28,8 @@ class PreparedDecode:
     def __init__(self, problem: DecodeProblem, device: int, out_strides: tuple[int, int]):
         self.problem = problem
         self.device = device
-        self.plan: Plan = plan_decode(problem, device_info(device))
+        self.info = device_info(device)
+        self.plan: Plan = plan_decode(problem, self.info)
         plan = self.plan
         self._runtime = require_cupy().cuda.runtime
         params = ParamBlock(
