@@ -22,7 +22,7 @@ from .positions import check_pos_encoding_mode
 from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
 
 _LSE_UNITS = {"2": 1.0, "e": math.log(2.0)}
-_MOST_FLOAT32 = 3.4028234e38
+MOST_FLOAT32 = 3.4028234e38
 #: Kinds of calls that are remembered before all are forgotten.
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], Prepared] = {}
@@ -166,7 +166,7 @@ def decode_on_device(
         out, out_address = library.empty_like(q, prepared.out_shape, prepared.out_dtype, device)
     lse, lse_address = library.empty(prepared.lse_shape, "float32", device) if return_lse else (None, 0)
     logit_scale = sm_scale * q_factor.known * k_factor.known
-    if not (-_MOST_FLOAT32 <= logit_scale <= _MOST_FLOAT32 and -_MOST_FLOAT32 <= v_factor.known <= _MOST_FLOAT32):
+    if not (-MOST_FLOAT32 <= logit_scale <= MOST_FLOAT32 and -MOST_FLOAT32 <= v_factor.known <= MOST_FLOAT32):
         raise ValueError(
             f"sm_scale, q_scale, k_scale, v_scale: expected finite factors in float32, got {logit_scale} for the "
             f"logits and {v_factor.known} for the result"

@@ -82,7 +82,9 @@ class PreparedDecode:
         stream, params = library.stream(self.device), self._params
         if self._merge is None:
             with params.lock:
-                self._write(0, 0, 0, values)
+                params.write(0, 0, 0, *values)
+                if self._tensor_maps:
+                    self._write_maps(values)
                 self._decode(stream)
             return
         # What the workspace's owner frees when this returns is freed in the order of the stream.
@@ -91,7 +93,9 @@ class PreparedDecode:
         _workspace, address = library.workspace(size, self.device, stream)
         partial_out = address + list_bytes
         with params.lock:
-            self._write(partial_out, partial_out + plan.workspace_out, work_list or address, values)
+            params.write(partial_out, partial_out + plan.workspace_out, work_list or address, *values)
+            if self._tensor_maps:
+                self._write_maps(values)
             if list_bytes and self._schedule is not None:
                 self._schedule(stream)
             self._decode(stream)
@@ -116,10 +120,9 @@ class PreparedDecode:
             stream = library.stream(self.device)
             self._runtime.memcpyAsync(to, kv_lens, 4 * self.problem.batch, device_to_device, stream)
 
-    def _write(self, partial_out: int, partial_state: int, work_list: int, values: tuple[int | float, ...]) -> None:
-        self._params.write(partial_out, partial_state, work_list, *values)
-        if self._tensor_maps:
-            self._tensor_maps.write(int(values[_K_VALUE]), int(values[_K_VALUE + 1]), self._params.tensor_maps)
+    def _write_maps(self, values: tuple[int | float, ...]) -> None:
+        assert self._tensor_maps is not None
+        self._tensor_maps.write(int(values[_K_VALUE]), int(values[_K_VALUE + 1]), self._params.tensor_maps)
 
 
 class RowAxes:

@@ -264,6 +264,31 @@ def test_any_out_that_a_call_takes(emulate):
         assert np.asarray(there.out.outside).tobytes() == placed.out.outside.tobytes()
 
 
+@pytest.mark.parametrize("case", [RAGGED, HUGE_AND_SMALL, dataclasses.replace(RAGGED, kv_lens="none", lens=None)])
+def test_the_usual_call_takes_a_shorter_way_with_the_same_result(emulate, monkeypatch, case):
+    """Given ``out`` and no scales, from the second run on; what is wrong is noticed all the same."""
+    case = dataclasses.replace(case, given_out=False, view="contiguous", soft_cap=20.0, window_left=30)
+    first, second = (build(dataclasses.replace(case, seed=seed)).to(move) for seed in (1, 2))
+    with lists_everywhere(monkeypatch):
+        plan = plan_of(first)
+        if case.kv_lens != "none":
+            plan.schedule(first.kv_lens)
+        wanted = [np.array(run_plan(plan, one)[0]) for one in (first, second)]
+        out = move(np.zeros(first.q.view.shape, np.float16))
+        plan.run(first.q.view, first.k.view, first.v.view, out=out)
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "_check_out", None)
+            for one, want in zip((second, first), (wanted[1], wanted[0]), strict=True):
+                assert plan.run(one.q.view, one.k.view, one.v.view, out=out) is out
+                assert np.array_equal(out.view(np.uint16), want.view(np.uint16))
+        for wrong, said in ((out[:2], "out: expected shape"), (out[..., 4:], "out: expected shape")):
+            with pytest.raises(ValueError, match=said):
+                plan.run(first.q.view, first.k.view, first.v.view, out=wrong)
+        off = emulator.allocate(out.nbytes + 16)[8 : out.nbytes + 8].view(np.float16).reshape(out.shape)
+        with pytest.raises(ValueError, match="out: expected data that starts at a multiple of 16 bytes"):
+            plan.run(first.q.view, first.k.view, first.v.view, out=off)
+
+
 def test_device_arrays_of_another_kind(emulate):
     moved = build(RAGGED).to(move)
     plan = plan_of(moved)
