@@ -49,9 +49,9 @@ struct DecodeParams {
     Divisor splits;          // CTAs that share the rows of one request
     // Of a listed schedule.
     int batch;               // B
-    int list_parts;          // parts that a list may have beyond one for each request
     int most_split;          // requests that it may split: min(B, list_parts)
     int least_turns;         // that are worth a part of their own
+    Divisor list_parts;      // parts that a list may have beyond one for each request
     Divisor turn_rows;       // rows that the warps of a CTA take together
 };
 

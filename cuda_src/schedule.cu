@@ -6,8 +6,8 @@
 // in Python.
 //
 // A warp takes 32 neighbouring requests at a time. Where their entries go depends on their order alone, so the list is
-// the same whenever the lengths are. Other kernels wait for this one: barriers are few, and whatever a warp can compute
-// of the others' results itself, each does.
+// the same whenever the lengths are. Other kernels wait for this one, so what counts is the longest chain: barriers are
+// few, and whatever a warp can compute of the others' results itself, each does.
 //
 // The specialisation defines Layout.
 #include "mask.cuh"
@@ -28,13 +28,11 @@ DEVICE u32 inclusive_sum(u32 x, int lane) {
     return x;
 }
 
-DEVICE u64 warp_sum(u64 x, int lane) {
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) {
-        const u64 high = ptx::shuffle_word(static_cast<u32>(x >> 32), lane ^ mask);
-        x += high << 32 | ptx::shuffle_word(static_cast<u32>(x), lane ^ mask);
-    }
-    return x;
+// Of numbers below 2^52.
+DEVICE u64 sum_of_lanes(u64 x) {
+    constexpr int kBits = 26;
+    const u32 low = ptx::sum_of_lanes(static_cast<u32>(x) & ((1u << kBits) - 1));
+    return (static_cast<u64>(ptx::sum_of_lanes(static_cast<u32>(x >> kBits))) << kBits) + low;
 }
 
 DEVICE int turns_of(const DecodeParams& p, int kv_len) {
@@ -49,7 +47,10 @@ struct Cut {
     float buckets_per_turn;
 
     static DEVICE Cut of(const DecodeParams& p, u64 turns) {
-        const u64 wanted = (turns + p.list_parts - 1) / p.list_parts;
+        const int most = p.list_parts.value;
+        // The usual way is a multiplication.
+        const u64 wanted = turns <= 1u << 30 ? p.list_parts.quotient(static_cast<int>(turns) + most - 1)
+                                             : (turns + most - 1) / most;
         const int chunk = max_of(p.least_turns, static_cast<int>(min_of<u64>(wanted, 1u << 30)));
         const int slack = chunk / kSlackShare;
         return {chunk, slack, ptx::divide(kBuckets, static_cast<float>(chunk + slack))};
@@ -112,16 +113,20 @@ struct Tally {
 DEVICE void write(const WorkList& list, const Item& item, const Tally::Before& before, int lane) {
     const u32 parts = item.parts;
     const int slot = parts > 1 ? static_cast<int>(before.splits & 0xffffu) : 0;
-    if (parts > 0) list.entries[before.entries] = {item.request, item.kv_len, parts << 16, slot};
     if (parts > 1) list.split_requests[before.splits >> 16] = {item.request, slot, item.parts, 0};
-    // The other parts of a split request are written by the whole warp.
-    for (u32 left = ptx::ballot(parts > 1); left; left &= left - 1) {
+    const auto write_part = [&](u32 first, int request, int kv_len, u32 count, int first_slot, u32 i) {
+        list.entries[first + i] = {request, kv_len, count << 16 | i, first_slot + static_cast<int>(i)};
+    };
+    // A thread writes what is not much; what is left of a request the whole warp.
+    constexpr u32 kOwn = 12;
+    for (u32 i = 0; i < min_of(parts, kOwn); i++)
+        write_part(before.entries, item.request, item.kv_len, parts, slot, i);
+    for (u32 left = ptx::ballot(parts > kOwn); left; left &= left - 1) {
         const int from = ptx::lowest_bit(left);
         const auto of_it = [&](u32 x) { return ptx::shuffle_word(x, from); };
         const int request = of_it(item.request), kv_len = of_it(item.kv_len), first_slot = of_it(slot);
         const u32 count = of_it(parts), first = of_it(before.entries);
-        for (u32 i = 1 + lane; i < count; i += 32)
-            list.entries[first + i] = {request, kv_len, count << 16 | i, first_slot + static_cast<int>(i)};
+        for (u32 i = kOwn + lane; i < count; i += 32) write_part(first, request, kv_len, count, first_slot, i);
     }
 }
 
@@ -137,10 +142,10 @@ extern "C" __global__ void __launch_bounds__(32 * kMostWarps) schedule(const __g
     u64 turns = 0;
     for (int request = threadIdx.x; request < p.batch; request += threads)
         turns += turns_of(p, Layout::kv_len(p, request));
-    turns = warp_sum(turns, lane);
+    turns = sum_of_lanes(turns);
     if (lane == 0) turns_of_warp[warp] = turns;
     ptx::sync_threads();
-    const Cut cut = Cut::of(p, warp_sum(lane < warps ? turns_of_warp[lane] : 0, lane));
+    const Cut cut = Cut::of(p, sum_of_lanes(lane < warps ? turns_of_warp[lane] : 0));
 
     // A batch of one round keeps its items; a larger one finds them again when it writes them.
     const bool once = p.batch <= threads;

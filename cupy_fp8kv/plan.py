@@ -86,12 +86,14 @@ _MIN_SPLIT_ROWS = 256
 #: Requests with lengths of their own get a work list where a CTA of equal shares would read so much (of the longest
 #: request there may be): making the list takes 2 to 3 microseconds, in which a CTA of four warps reads 64 KB.
 LISTED_LEAST_BYTES = 256 << 10
-#: Parts of all requests together, as a multiple of what runs at one time.
-LISTED_WAVES = 1.0
+#: Shares that all rows are divided into, as a multiple of the CTAs that run at one time: more of them fill the device
+#: better at the end, fewer merge less. To be measured: in a simulation of an H100, lengths of all kinds lose 2.5 % at
+#: 1.25, 3.5 % at 1, and 2.5 % at 1.5 but with one request of 131072 rows 4.5 %.
+LISTED_WAVES = 1.25
 #: A part of a request has at least so many rows, or a turn of its CTA.
 LISTED_LEAST_ROWS = 256
 #: CTAs are as small as they may be with no more parts of one request than this, which one CTA merges.
-_MOST_PARTS_OF_ONE = 160
+_MOST_PARTS_OF_ONE = 200
 
 
 def split_rows(begin: int, end: int, splits: int, warps: int, tile_rows: int) -> list[list[tuple[int, int]]]:

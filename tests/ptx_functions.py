@@ -235,6 +235,10 @@ def _ballot(x: Array) -> Array:
     return np.repeat((votes << np.arange(32)).sum(1), 32).astype(np.uint32)[:, None]
 
 
+def _sum_of_lanes(x: Array) -> Array:
+    return np.repeat(x.reshape(-1, 32).sum(1, np.uint32), 32)[:, None]
+
+
 def _lowest_bit(x: Array) -> Array:
     return np.log2((x & -x.astype(np.int64)).astype(np.float64)).astype(np.uint32)
 
@@ -405,6 +409,7 @@ FUNCTIONS = [
         lambda x: _codes(x, "e5m2"), arch=89,
     ),
     Function("any", 1, 1, "out[0] = ptx::any((in[0] & 31) == 0);", words(1), _voted),
+    Function("sum_of_lanes", 1, 1, "out[0] = ptx::sum_of_lanes(in[0]);", words(1), _sum_of_lanes),
     Function("ballot", 1, 1, "out[0] = ptx::ballot((in[0] & 31) > 11);", words(1), _ballot),
     Function(
         "shuffle_word", 2, 1, "out[0] = ptx::shuffle_word(in[0], in[1]);", words(2),

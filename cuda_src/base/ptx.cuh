@@ -223,6 +223,7 @@ DEVICE u32 e5m2x2_from_floats(float lo, float hi) {
 
 // ---------------------------------------------------------------------------------------------- between threads
 DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
+DEVICE u32 sum_of_lanes(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
 DEVICE u32 ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 DEVICE u32 shuffle_word(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }

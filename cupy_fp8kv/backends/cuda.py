@@ -42,11 +42,12 @@ class PreparedDecode:
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
             num_kv_heads=problem.num_kv_heads,
-            batch=problem.batch, list_parts=plan.bounds.parts if plan.bounds else 0,
-            most_split=plan.bounds.split_requests if plan.bounds else 0, least_turns=least_turns(plan.spec),
+            batch=problem.batch, most_split=plan.bounds.split_requests if plan.bounds else 0,
+            least_turns=least_turns(plan.spec),
             **divisors(
                 head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
-                splits=plan.splits, turn_rows=plan.spec.turn_rows,
+                splits=plan.splits, list_parts=plan.bounds.parts if plan.bounds else 1,
+                turn_rows=plan.spec.turn_rows,
             ),
         )  # fmt: skip
         # With a merge behind it, a call may start while the merge of the call before it runs.

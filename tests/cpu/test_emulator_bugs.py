@@ -273,6 +273,10 @@ BUGS = [
     Bug("parts of one number", (PLAIN,), "schedule.cu", "count << 16 | i,", "count << 16,", lists),
     Bug("slots that two parts share", (PLAIN,), "schedule.cu", "first_slot + static_cast<int>(i)", "first_slot", lists),
     Bug(
+        "many parts of one request forgotten", (PLAIN,), "schedule.cu", "ptx::ballot(parts > kOwn)",
+        "ptx::ballot(parts > 2 * kOwn)", list_of_lens,
+    ),
+    Bug(
         "entries of a bucket at one place", (PLAIN,), "schedule.cu", "if (lane == bucket) entries +=",
         "if (lane == bucket) entries =", lists,
     ),
@@ -294,8 +298,9 @@ BUGS = [
         "split.parts", lists,
     ),
     Bug(
-        "a list longer than its memory", (ADDRESS,), "schedule.cu", "if (parts > 0) list.entries",
-        "list.entries[p.batch + p.list_parts] = {};\n    if (parts > 0) list.entries", lists, "use-after-poison",
+        "a list longer than its memory", (ADDRESS,), "schedule.cu", "if (threadIdx.x == 0) *list.head",
+        "list.entries[p.batch + p.list_parts.value] = {};\n    if (threadIdx.x == 0) *list.head", list_of_lens,
+        "use-after-poison",
     ),
     Bug(
         "no barrier before all turns are added up", (THREAD,), "schedule.cu",

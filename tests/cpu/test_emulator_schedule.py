@@ -30,6 +30,12 @@ def test_lengths_out_of_bounds_are_cut(lists):
     assert made == want and sorted({entry.kv_len for entry in made[0]}) == [0, 70, 900]
 
 
+def test_lengths_of_more_rows_than_32_bits_count(lists):
+    most = 2**31 - 2**24
+    made, want = made_list([most, 3, most - 1] * 40, most)
+    assert made == want and sum(entry.kv_len for entry in made[0]) > 2**35
+
+
 @pytest.mark.parametrize("threads", [32, 64, 256])
 def test_a_batch_of_many_rounds(lists, monkeypatch, threads):
     monkeypatch.setattr(ScheduleSpec, "of_batch", lambda batch: ScheduleSpec(threads))

@@ -108,6 +108,7 @@ DEVICE u32 e5m2x2_from_floats(float lo, float hi) {
 
 // ---------------------------------------------------------------------------------------------- between threads
 DEVICE bool any(bool predicate, CALL_SITE) { return emulator::any(predicate, at); }
+DEVICE u32 sum_of_lanes(u32 x, CALL_SITE) { return emulator::sum_of_lanes(x, at); }
 DEVICE u32 ballot(bool predicate, CALL_SITE) { return emulator::ballot(predicate, at); }
 DEVICE u32 shuffle_word(u32 x, int lane, CALL_SITE) { return emulator::shuffle(x, lane, at); }
 DEVICE float shuffle(float x, int lane, CALL_SITE) { return bits_float(emulator::shuffle(float_bits(x), lane, at)); }

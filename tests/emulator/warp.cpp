@@ -88,6 +88,17 @@ unsigned vote(const char* name, bool predicate, const Site& at) {
 bool any(bool predicate, const Site& at) { return vote("any", predicate, at) != 0; }
 unsigned ballot(bool predicate, const Site& at) { return vote("ballot", predicate, at); }
 
+unsigned sum_of_lanes(unsigned x, const Site& at) {
+    unsigned out;
+    const Combine add = [](const void* const* ins, void* const* outs) {
+        unsigned sum = 0;
+        for (int i = 0; i < 32; i++) sum += *static_cast<const unsigned*>(ins[i]);
+        for (int i = 0; i < 32; i++) *static_cast<unsigned*>(outs[i]) = sum;
+    };
+    meet("sum_of_lanes", &x, &out, add, !ALIGNED, at);
+    return out;
+}
+
 struct ShuffleIn {
     unsigned x;
     int from;
