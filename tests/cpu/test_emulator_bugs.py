@@ -75,7 +75,7 @@ def lists(machine):
 def list_of_lens(machine):
     """The list alone, held against its definition."""
     with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
-        made, want = made_list((2000, 0, 700, 63, 900, 64, 128, 400), 2000, window_left=1200)
+        made, want = made_list((20_000, 0, 7000, 63, 9000, 64, 128, 400), 20_000, window_left=15_000)
         assert made == want
 
 
