@@ -1,4 +1,5 @@
-// Merges the partial results of the CTAs that shared a request: one CTA a query head of a request that was split.
+// Merges the partial results of the CTAs that shared a request: a CTA at a time for a query head of a request that was
+// split.
 //
 // A thread owns four head dimensions of every `parts`-th split; the parts meet in shared memory, in a fixed order.
 // The specialisation defines QFormat, the type of the result, and Schedule.
@@ -23,18 +24,12 @@ DEVICE void add(float4& x, const float4& other, float factor) {
     x.w += factor * other.w;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ DecodeParams p) {
-    __shared__ SoftmaxState states[kMostParts];
-    __shared__ float4 outs[kThreads];
+// One query head.
+DEVICE void merge_head(const DecodeParams& p, const Parts& found, SoftmaxState (&states)[kMostParts],
+                       float4 (&outs)[kThreads]) {
     const int quads = p.head_dim / 4;
     const int parts = kThreads / quads;
     const int quad = threadIdx.x % quads, part = threadIdx.x / quads;
-
-    // What comes next may take its places now and wait there; this waits for the partial results.
-    ptx::let_next_kernel_start();
-    ptx::wait_for_previous_kernel();
-    const Parts found = Schedule::parts(p, blockIdx.x);
-    if (Schedule::kHasSurplus && found.count == 0) return;
     SoftmaxState state = SoftmaxState::empty();
     const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float4 out = zero;
@@ -81,4 +76,24 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
                                                     QFormat::Operand::pack(out.z * factor, out.w * factor));
     const i64 row_of_out = static_cast<i64>(found.request) * (p.num_kv_heads * p.group_size) + found.head;
     if (quad == 0 && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ DecodeParams p) {
+    __shared__ SoftmaxState states[kMostParts];
+    __shared__ float4 outs[kThreads];
+    // What comes next may take its places now and wait there; this waits for the partial results.
+    ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
+    if constexpr (!Schedule::kHasSurplus) {
+        merge_head(p, Schedule::parts(p, blockIdx.x), states, outs);
+    } else {
+        // Most of what could be split is not, so the grid is smaller than that.
+        const int most = p.most_split * p.num_kv_heads * p.group_size;
+        for (int index = blockIdx.x; index < most; index += gridDim.x) {
+            const Parts found = Schedule::parts(p, index);
+            if (found.count == 0) return;
+            if (index != static_cast<int>(blockIdx.x)) ptx::sync_threads();  // shared memory is used again
+            merge_head(p, found, states, outs);
+        }
+    }
 }

@@ -18,6 +18,8 @@ _DECODE_LEADING = 19
 _K_VALUE = 4
 _KV_LENS_VALUE = 6
 _WINDOW_VALUE = 13
+#: CTAs of a merge behind a work list.
+_MERGES_PER_SM = 8
 #: Fields of QuantizeParams likewise.
 _QUANTIZE_LEADING = 4
 
@@ -62,7 +64,10 @@ class PreparedDecode:
             self._schedule = Launch(schedule, 1, params, dependent=True)
         if merged:
             merge = compiler.load(MergeSpec(problem.q_format, plan.spec.schedule), device)
-            self._merge = Launch(merge, merged * problem.num_qo_heads, params, dependent=True)
+            heads = merged * problem.num_qo_heads
+            # A list rarely splits as many requests as it may: CTAs that find nothing to merge are a loss.
+            merge_grid = min(heads, _MERGES_PER_SM * self.info.sm_count) if plan.bounds else heads
+            self._merge = Launch(merge, merge_grid, params, dependent=True)
 
     def run(self, library: Library, values: tuple[int | float, ...], work_list: int = 0) -> None:
         """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``.

@@ -72,6 +72,13 @@ def lists(machine):
         run(machine, HUGE_AND_SMALL)
 
 
+def many_merges(machine):
+    """More heads of split requests than there are CTAs to merge them."""
+    with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
+        patch.setattr(cuda, "_MERGES_PER_SM", 1)
+        run(machine, NAMED["equal"])
+
+
 def list_of_lens(machine):
     """The list alone, held against its definition."""
     with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
@@ -307,10 +314,6 @@ BUGS = [
         "    ptx::sync_threads();\n    const Cut", "    const Cut", many_lists,
     ),
     Bug(
-        "no barrier before all entries are counted", (THREAD,), "schedule.cu",
-        "    ptx::sync_threads();\n\n", "\n", many_lists,
-    ),
-    Bug(
         "all lanes write a warp's count", (THREAD,), "schedule.cu", "if (lane == 0) splits_of_warp", "splits_of_warp",
         many_lists,
     ),
@@ -333,7 +336,15 @@ BUGS = [
         "no barrier between pieces", (THREAD,), "attention/combine.cuh",
         "if (first_tile || begin) ptx::sync_first<32 * WARPS>();", "", WIDE,
     ),
-    Bug("no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n", "", SPLIT),
+    Bug(
+        "no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n    if (part", "    if (part",
+        SPLIT,
+    ),
+    Bug(
+        "no barrier between merges", (THREAD,), "merge.cu",
+        "if (index != static_cast<int>(blockIdx.x)) ptx::sync_threads();", "", many_merges,
+    ),
+    Bug("a merge that stops early", (PLAIN,), "merge.cu", "index += gridDim.x", "index += most", many_merges),
     Bug(
         "one lse from several threads", (THREAD,), "decode.cu", "reports = j == 0 && group == 0;", "reports = j == 0;",
     ),
