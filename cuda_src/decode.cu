@@ -217,7 +217,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) u8 shared[];
     const Lane lane = Lane::self();
-    const Place place = Place::of(p, blockIdx.x);
+    const auto place = Schedule::place(p, blockIdx.x);
     const KVRing ring(shared);
     if constexpr (kHasRing) {
         if (lane.warp == kWarps && lane.index() == 0) ring.init();

@@ -42,6 +42,8 @@ struct WorkList {
 struct ListedSchedule {
     static constexpr bool kHasSurplus = true;
 
+    static DEVICE Place place(const DecodeParams& p, int index) { return Place::of(p, index); }
+
     // `splits` is 0 for a CTA that the list has nothing for.
     template <class Layout>
     static DEVICE Work work(const DecodeParams& p, const Place& place) {

@@ -5,11 +5,18 @@
 struct UniformSchedule {
     static constexpr bool kHasSurplus = false;
 
-    template <class Layout>
-    static DEVICE Work work(const DecodeParams& p, const Place& place) {
+    // All but the length.
+    static DEVICE Work place(const DecodeParams& p, int index) {
+        const Place place = Place::of(p, index);
         const int request = p.splits.quotient(place.part);
-        return {request, place.head_team, place.column_block, Layout::kv_len(p, request),
-                p.splits.remainder(place.part, request), p.splits.value, 0};
+        return {request, place.head_team, place.column_block, 0, p.splits.remainder(place.part, request),
+                p.splits.value, 0};
+    }
+
+    template <class Layout>
+    static DEVICE Work work(const DecodeParams& p, Work work) {
+        work.kv_len = Layout::kv_len(p, work.request);
+        return work;
     }
 
     static DEVICE i64 partial(const DecodeParams& p, const Work& work, int head) {

@@ -165,7 +165,7 @@ BUGS = [
         NATURAL,
     ),
     Bug(
-        "rows of another request", (PLAIN, ADDRESS), "schedule/uniform.cuh", "Layout::kv_len(p, request)",
+        "rows of another request", (PLAIN, ADDRESS), "schedule/uniform.cuh", "Layout::kv_len(p, work.request)",
         "Layout::kv_len(p, 0)",
     ),
     # Threads that do not come together
