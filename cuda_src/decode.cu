@@ -39,6 +39,7 @@ constexpr int kChains = kHasRing && kSubtiles * kColumnTiles == 1 ? 2 : 1;
 static_assert(kSharedBytes == WarpCombine::kSharedBytes + Queries::kSharedBytes,
               "spec.py and the kernel disagree");
 static_assert(!kHasRing || kAhead == 0, "a ring is ahead by itself");
+static_assert(!kHasRing || !Schedule::kHasSurplus, "the warp that feeds a ring would wait for warps that have left");
 
 // tanh(y) to some 2^-20 of itself: 1 - 2 / (1 + exp(2y)), which is exact at both ends but cancels near 0, where its
 // series is used (DLMF 4.33.3).
@@ -76,8 +77,8 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
 
 // Keeps the ring full: what one thread of a warp of its own does.
 DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
-    const RowRange range = RowRange::of_request(Layout::kv_len(p, work.request), p.window_left);
-    const int step = p.splits.value * kTurnRows;
+    const RowRange range = RowRange::of_request(work.kv_len, p.window_left);
+    const int step = work.splits * kTurnRows;
     KVRing::Turn turn;
     int filled = 0;
     for (int row = range.begin + work.split * kTurnRows; row < range.end; row += step) {
@@ -90,8 +91,7 @@ DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
 
 // Attention of one CTA's share, by its first kWarps warps.
 DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, const Lane& lane, u8* shared) {
-    const int kv_len = Layout::kv_len(p, work.request);
-    const RowRange range = RowRange::of_request(kv_len, p.window_left);
+    const RowRange range = RowRange::of_request(work.kv_len, p.window_left);
     const int head_of_team = lane.warp % kHeads;
     const int kv_head = work.head_team * kHeads + head_of_team;
     const auto k_rows = Layout::k_rows(p, work.request, kv_head).from(Keys::Slice::begin(lane.thread));
@@ -101,7 +101,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     Values values;
     // The warps of all CTAs that share a request take turns over its tiles, so that what is read at one time lies close
     // together. plan.split_rows is the same formula.
-    const int step = p.splits.value * kTurnRows;
+    const int step = work.splits * kTurnRows;
     const int row_in_turn = lane.warp / kHeads * kTileRows;
     int first_row = range.begin + work.split * kTurnRows;  // of the rows that the warps take together
     // What is asked for first arrives first: rows that go to registers; q, where a ring is filled a moment later.
@@ -162,7 +162,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             if (kAhead == 1 && more) keys.load(k_rows, range, next, lane);
             if (kAhead == 0 && !kHasRing) values.load(v_rows, range, row, lane);
         }
-        to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
+        to_logits(scores, queries, p, scale, row, first_head, work.kv_len, range, lane);
         columns.update(scores);
         if constexpr (kHasRing) {
             const u8* box = ring.wait(turn);
@@ -201,7 +201,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             const bool reports = dim == 0;
             const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
                                                                work.head_team * kHeads + head_in_team);
-            if (p.splits.value == 1) {
+            if (work.splits == 1) {
                 const float factor = state.normalizer() * out_scale;
                 u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
                 *reinterpret_cast<uint2*>(out + dim * QFormat::kBytes) =
@@ -209,7 +209,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
                                QFormat::Operand::pack(sum.z * factor, sum.w * factor));
                 if (reports && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
             } else {
-                const i64 part = row_of_out * p.splits.value + work.split;
+                const i64 part = Schedule::partial(p, work, head);
                 *reinterpret_cast<float4*>(p.partial_out + part * kHeadDim + dim) =
                     make_float4(sum.x * out_scale, sum.y * out_scale, sum.z * out_scale, sum.w * out_scale);
                 if (reports)
@@ -221,16 +221,18 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) u8 shared[];
     const Lane lane = Lane::self();
-    const Work work = Schedule::work(p, blockIdx.x);
+    const auto place = Schedule::place(p, blockIdx.x);
     const KVRing ring(shared, kHasRing ? p.stages : 0);
     if (kHasRing && lane.warp == kWarps) {
         const bool feeds = lane.index() == 0;
         if (feeds) ring.init(&p.k_map, &p.v_map);
         ptx::sync_threads();
         ptx::wait_for_previous_kernel();
-        if (feeds) feed(p, work, ring);
+        if (feeds) feed(p, Schedule::work<Layout>(p, place), ring);
         return;
     }
     ptx::wait_for_previous_kernel();  // nothing before this reads memory
+    const Work work = Schedule::work<Layout>(p, place);
+    if (Schedule::kHasSurplus && work.splits == 0) return;
     attend(p, work, ring, lane, shared + ring.bytes());
 }

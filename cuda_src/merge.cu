@@ -1,7 +1,8 @@
-// Merges the partial results of the CTAs that shared a request: one CTA a query head of a request.
+// Merges the partial results of the CTAs that shared a request: a CTA at a time for a query head of a request that was
+// split.
 //
 // A thread owns four head dimensions of every `parts`-th split; the parts meet in shared memory, in a fixed order.
-// The specialisation defines QFormat, the type of the result.
+// The specialisation defines QFormat, the type of the result, and Schedule.
 #include "params.cuh"
 #include "softmax_state.cuh"
 
@@ -23,24 +24,19 @@ DEVICE void add(float4& x, const float4& other, float factor) {
     x.w += factor * other.w;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ DecodeParams p) {
-    __shared__ SoftmaxState states[kMostParts];
-    __shared__ float4 outs[kThreads];
+// One query head.
+DEVICE void merge_head(const DecodeParams& p, const Parts& found, SoftmaxState (&states)[kMostParts],
+                       float4 (&outs)[kThreads]) {
     const int quads = p.head_dim / 4;
     const int parts = kThreads / quads;
     const int quad = threadIdx.x % quads, part = threadIdx.x / quads;
-    const i64 first = static_cast<i64>(blockIdx.x) * p.splits.value;
-
-    // What comes next may take its places now and wait there; this waits for the partial results.
-    ptx::let_next_kernel_start();
-    ptx::wait_for_previous_kernel();
     SoftmaxState state = SoftmaxState::empty();
     const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float4 out = zero;
     if (part < parts) {
-        const float4* partial_out = reinterpret_cast<const float4*>(p.partial_out) + first * quads + quad;
-        const float2* partial_state = reinterpret_cast<const float2*>(p.partial_state) + first;
-        for (int begin = part; begin < p.splits.value; begin += kAtOnce * parts) {
+        const float4* partial_out = reinterpret_cast<const float4*>(p.partial_out) + found.first * quads + quad;
+        const float2* partial_state = reinterpret_cast<const float2*>(p.partial_state) + found.first;
+        for (int begin = part; begin < found.count; begin += kAtOnce * parts) {
             // All loads of a round before the first use: what is slow here is the way to memory and back.
             SoftmaxState states_read[kAtOnce];
             float4 outs_read[kAtOnce];
@@ -48,10 +44,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
                 const int split = begin + i * parts;
-                const bool exists = split < p.splits.value;
-                const float2 s = exists ? partial_state[split] : make_float2(0.0f, 0.0f);
+                const bool exists = split < found.count;
+                const i64 row = static_cast<i64>(split) * found.stride;
+                const float2 s = exists ? partial_state[row] : make_float2(0.0f, 0.0f);
                 states_read[i] = exists ? SoftmaxState{s.x, s.y} : SoftmaxState::empty();
-                outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : zero;
+                outs_read[i] = exists ? partial_out[row * quads] : zero;
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) reference = max_of(reference, states_read[i].reference);
@@ -71,13 +68,32 @@ extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_consta
 
     out = zero;
     state = merge_states(
-        min_of(parts, p.splits.value), [&](int i) { return states[i]; },
+        min_of(parts, found.count), [&](int i) { return states[i]; },
         [&](int i, float factor) { add(out, outs[i * quads + quad], factor); });
     const float factor = state.normalizer();
-    const int num_qo_heads = p.num_kv_heads * p.group_size;
-    const int request = blockIdx.x / num_qo_heads, head = blockIdx.x % num_qo_heads;
-    u8* to = p.out + request * p.out_stride_request + head * p.out_stride_head;
+    u8* to = p.out + found.request * p.out_stride_request + found.head * p.out_stride_head;
     reinterpret_cast<uint2*>(to)[quad] = make_uint2(QFormat::Operand::pack(out.x * factor, out.y * factor),
                                                     QFormat::Operand::pack(out.z * factor, out.w * factor));
-    if (quad == 0 && p.lse) p.lse[blockIdx.x] = state.log2_sum() * p.lse_unit;
+    const i64 row_of_out = static_cast<i64>(found.request) * (p.num_kv_heads * p.group_size) + found.head;
+    if (quad == 0 && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ DecodeParams p) {
+    __shared__ SoftmaxState states[kMostParts];
+    __shared__ float4 outs[kThreads];
+    // What comes next may take its places now and wait there; this waits for the partial results.
+    ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
+    if constexpr (!Schedule::kHasSurplus) {
+        merge_head(p, Schedule::parts(p, blockIdx.x), states, outs);
+    } else {
+        // Most of what could be split is not, so the grid is smaller than that.
+        const int most = p.most_split * p.num_kv_heads * p.group_size;
+        for (int index = blockIdx.x; index < most; index += gridDim.x) {
+            const Parts found = Schedule::parts(p, index);
+            if (found.count == 0) return;
+            if (index != static_cast<int>(blockIdx.x)) ptx::sync_threads();  // shared memory is used again
+            merge_head(p, found, states, outs);
+        }
+    }
 }

@@ -5,13 +5,14 @@
 #pragma once
 #include "base/divide.cuh"
 
-// decode.cu, and merge.cu behind it.
+// decode.cu; merge.cu behind it, and schedule.cu before it.
 struct DecodeParams {
     TensorMap k_map;         // K and V as decode.cu's ring copies them: boxes of rows and heads
     TensorMap v_map;
     // What changes from call to call comes first: it is written by one pack.
-    float* partial_out;      // [B, Hq, splits, D], or null when splits == 1
-    float* partial_state;    // [B, Hq, splits, 2]: reference and sum of the softmax state
+    float* partial_out;      // [B, Hq, splits, D] or, of a listed schedule, [slots, Hq, D]; null without splits
+    float* partial_state;    // [B, Hq, splits, 2] or [slots, Hq, 2]: reference and sum of the softmax state
+    int* work_list;          // schedule/listed.cuh, or null
     u8* out;                 // [B, Hq, D], the type of q
     float* lse;              // [B, Hq], or null
     float lse_unit;          // 1 for base 2, ln 2 for base e
@@ -47,6 +48,12 @@ struct DecodeParams {
     Divisor head_teams;      // Hkv / kHeads: CTAs that share the cache heads of one request
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
+    // Of a listed schedule.
+    int batch;               // B
+    int most_split;          // requests that it may split: min(B, list_parts)
+    int least_turns;         // that are worth a part of their own
+    Divisor list_parts;      // parts that a list may have beyond one for each request
+    Divisor turn_rows;       // rows that the warps of a CTA take together
 };
 
 // Rows of D elements on three axes; what has fewer axes has size 1 there.

@@ -10,6 +10,7 @@ from .decode import (
     batch_decode_with_padded_kv_cache_return_lse,
     single_decode_with_kv_cache,
 )
+from .decode_plan import DecodePlan
 from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
 from .plan import DeviceInfo
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KV_FORMATS",
+    "DecodePlan",
     "DeviceInfo",
     "Explanation",
     "KVFormat",

@@ -23,16 +23,19 @@ from .positions import check_pos_encoding_mode
 from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
 
 _LSE_UNITS = {"2": 1.0, "e": math.log(2.0)}
-_MOST_FLOAT32 = 3.4028234e38
+MOST_FLOAT32 = 3.4028234e38
 #: Kinds of calls that are remembered before all are forgotten.
 _MOST_PREPARED = 4096
-_prepared: dict[tuple[Any, ...], _Prepared] = {}
+_prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
-class _Prepared:
+class Prepared:
     """What the first call of a kind found out: where it runs, and on a GPU everything but addresses."""
 
-    __slots__ = ("cuda", "default_scale", "device", "lse_shape", "lse_unit", "out_dtype", "out_shape", "problem", "run")
+    __slots__ = (
+        "cuda", "default_scale", "device", "kernels", "lse_shape", "lse_unit", "out_dtype", "out_shape", "problem",
+        "run",
+    )  # fmt: skip
 
     def __init__(self, problem: DecodeProblem, facts: Facts, cuda: bool, lse_base: str, out_strides: Any):
         self.problem = problem
@@ -43,8 +46,14 @@ class _Prepared:
         self.out_shape = facts.shape
         self.lse_shape = facts.shape[:-1]
         self.out_dtype = facts.dtype
-        if cuda and self.device != HOST:
-            self.run = PreparedDecode(problem, self.device, out_strides).run
+        if self.on_device:
+            self.kernels = PreparedDecode(problem, self.device, out_strides)
+            self.run = self.kernels.run
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the caller's arrays are where the kernels run."""
+        return self.cuda and self.device != HOST
 
 
 def forget() -> None:
@@ -71,7 +80,7 @@ def decode(
     lse_base: str,
     out: Any,
     backend: str | None,
-    probe: Callable[[_Prepared], _Prepared] | None = None,
+    probe: Callable[[Prepared], Prepared] | None = None,
 ) -> Any:
     library = arrays.library_of(q, "q")
     if library is None or type(k) is not type(q) or type(v) is not type(q):
@@ -90,10 +99,10 @@ def decode(
     elif type(out) is type(q) and library.writes_freely:
         out_address, out_signature = arrays.read(library, out, "out")
     else:
-        out_address, out_signature = _read_out(library, out)
+        out_address, out_signature = read_out(library, out)
     # Values that compare equal to a checked one must not pass as it.
     if type(window_left) is not int or not -1 <= window_left < 2**31:
-        window_left = _integer(window_left, "window_left")
+        window_left = integer(window_left, "window_left")
     if logits_soft_cap is not None and type(logits_soft_cap) is not float:
         logits_soft_cap = scales.number(logits_soft_cap, "logits_soft_cap")
     if isinstance(kv_format, list):
@@ -120,11 +129,39 @@ def decode(
     elif type(sm_scale) is not float:
         sm_scale = scales.number(sm_scale, "sm_scale")
     if not prepared.cuda or prepared.device == HOST:
-        return _decode_from_host(
+        return decode_from_host(
             library, prepared, q, k, v, kv_layout, q_scale, k_scale, v_scale, window_left, logits_soft_cap, sm_scale,
             kv_lens, return_lse, lse_base, out,
         )  # fmt: skip
+    lens_address = 0
+    if kv_lens is not None:
+        kv_lens, lens_address = device_lens(kv_lens, library, prepared.problem, prepared.device)
+    return decode_on_device(
+        library, prepared, q, q_address, k_address, v_address, q_scale, k_scale, v_scale, window_left,
+        logits_soft_cap, sm_scale, lens_address, 0, return_lse, out, out_address,
+    )  # fmt: skip
 
+
+def decode_on_device(
+    library: Library,
+    prepared: Prepared,
+    q: Any,
+    q_address: int,
+    k_address: int,
+    v_address: int,
+    q_scale: Any,
+    k_scale: Any,
+    v_scale: Any,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float,
+    lens_address: int,
+    work_list: int,
+    return_lse: bool,
+    out: Any,
+    out_address: int,
+) -> Any:
+    """The call on device arrays whose kind has been checked. ``work_list``: address of one that is made, or 0."""
     if (q_address | k_address | v_address | out_address) % 16:
         for name, address in (("q", q_address), ("k", k_address), ("v", v_address), ("out", out_address)):
             check_address(name, address)
@@ -139,14 +176,11 @@ def decode(
         k_factor = scales.device_scale(k_scale, "k_scale", heads, library, device)
     if v_scale is not None:
         v_factor = scales.device_scale(v_scale, "v_scale", heads, library, device)
-    lens_address = 0
-    if kv_lens is not None:
-        kv_lens, lens_address = device_lens(kv_lens, library, prepared.problem, device)
     if out is None:
         out, out_address = library.empty_like(q, prepared.out_shape, prepared.out_dtype, device)
     lse, lse_address = library.empty(prepared.lse_shape, "float32", device) if return_lse else (None, 0)
     logit_scale = sm_scale * q_factor.known * k_factor.known
-    if not (-_MOST_FLOAT32 <= logit_scale <= _MOST_FLOAT32 and -_MOST_FLOAT32 <= v_factor.known <= _MOST_FLOAT32):
+    if not (-MOST_FLOAT32 <= logit_scale <= MOST_FLOAT32 and -MOST_FLOAT32 <= v_factor.known <= MOST_FLOAT32):
         raise ValueError(
             f"sm_scale, q_scale, k_scale, v_scale: expected finite factors in float32, got {logit_scale} for the "
             f"logits and {v_factor.known} for the result"
@@ -157,7 +191,7 @@ def decode(
         q_factor.address, k_factor.address, v_factor.address,
         logit_scale, v_factor.known, logits_soft_cap or 0.0,
         window_left, k_factor.stride, v_factor.stride,
-    ))  # fmt: skip
+    ), work_list)  # fmt: skip
     if return_lse:
         return library.wrap(out), library.wrap(lse)
     return library.wrap(out)
@@ -170,7 +204,7 @@ def _refuse_null(problem: DecodeProblem, **addresses: int) -> None:
             raise ValueError(f"{name}: expected an array with memory, got one at address 0 (a fake tensor?)")
 
 
-def _integer(value: Any, argument: str) -> int:
+def integer(value: Any, argument: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
     # Beyond any length, and what 32 bits hold.
@@ -190,7 +224,7 @@ def common_library(q: Any, k: Any, v: Any) -> Library:
     return library
 
 
-def _read_out(library: Library, out: Any) -> tuple[int, Any]:
+def read_out(library: Library, out: Any) -> tuple[int, Any]:
     if not library.mutable:
         raise TypeError(f"out: {library.name} arrays cannot be written; leave it out")
     if arrays.library_of(out, "out") is not library:
@@ -215,22 +249,28 @@ def _prepare(
     lse_base: str,
     backend: str | None,
     ragged: bool,
-) -> _Prepared:
+) -> Prepared:
     """What the first call of a kind finds out."""
+    facts = [library.facts(signature) for signature in (q_signature, k_signature, v_signature)]
+    return prepare(
+        facts, None if out_signature is None else library.facts(out_signature), lse_base=lse_base, batched=batched,
+        kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode, logits_soft_cap=logits_soft_cap,
+        window_left=window_left, kv_format=kv_format, backend=backend, ragged=ragged,
+    )  # fmt: skip
+
+
+def prepare(facts: list[Facts], out: Facts | None, *, lse_base: str, **options: Any) -> Prepared:
+    """A kind of call checked, planned and compiled: ``facts`` of q, k and v, and ``options`` of ``check_call``."""
     if not isinstance(lse_base, str) or lse_base not in _LSE_UNITS:
         raise ValueError(f"lse_base: expected '2' or 'e', got {lse_base!r}")
-    facts = [library.facts(signature) for signature in (q_signature, k_signature, v_signature)]
-    problem, cuda = check_call(
-        *facts, batched=batched, kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode,
-        logits_soft_cap=logits_soft_cap, window_left=window_left, kv_format=kv_format, backend=backend,
-        ragged=ragged,
-    )  # fmt: skip
+    problem, cuda = check_call(*facts, **options)
     out_strides = (problem.num_qo_heads * problem.head_dim * 2, problem.head_dim * 2)
-    if out_signature is not None:
-        out_strides = _check_out(library.facts(out_signature), facts[0])
+    if out is not None:
+        out_strides = _check_out(out, facts[0])
     if cuda and not has_gpu():
-        raise RuntimeError(f"backend: {'cuda was asked for' if backend else 'the arrays need CUDA'}: {cupy_problem()}")
-    return _Prepared(problem, facts[0], cuda, lse_base, out_strides)
+        asked = "cuda was asked for" if options["backend"] else "the arrays need CUDA"
+        raise RuntimeError(f"backend: {asked}: {cupy_problem()}")
+    return Prepared(problem, facts[0], cuda, lse_base, out_strides)
 
 
 def check_call(
@@ -287,9 +327,9 @@ def _check_out(out: Facts, q: Facts) -> tuple[int, int]:
     return (0, out.strides[0]) if len(out.shape) == 2 else (out.strides[0], out.strides[1])
 
 
-def _decode_from_host(
+def decode_from_host(
     library: Library,
-    prepared: _Prepared,
+    prepared: Prepared,
     q: Any,
     k: Any,
     v: Any,

@@ -11,7 +11,7 @@ from .formats import Q_DTYPES, dtype_name
 from .formats import kv_format as format_called
 from .jit import compiler
 from .jit.device import device_info
-from .jit.spec import MergeSpec, Spec
+from .jit.spec import MergeSpec, ScheduleSpec, Spec
 from .plan import DeviceInfo, Plan, plan_decode, specs
 from .problem import DecodeProblem, check_heads
 from .tuning.store import tuned_plan
@@ -36,8 +36,8 @@ class Explanation:
                 f"tile     {plan.spec.tile_rows} rows x {8 * plan.spec.column_tiles} query heads a warp, "
                 f"{plan.spec.warps} warps a CTA, {plan.spec.ctas_per_sm} CTAs an SM, "
                 f"{plan.spec.shared_bytes} bytes of shared memory",
-                f"splits   {plan.splits} (grid {plan.grid}, workspace {plan.workspace} bytes"
-                f"{', then merge' if plan.splits > 1 else ''})",
+                f"splits   {'by a work list' if plan.bounds else plan.splits} (grid {plan.grid}, workspace "
+                f"{plan.workspace} bytes{', then merge' if plan.splits > 1 or plan.bounds else ''})",
                 f"because  {plan.reason}",
             ]
         return "\n".join(lines)
@@ -84,6 +84,7 @@ def warmup(
     q_dtype: Any = "float16",
     kv_format: Any = "e4m3",
     logits_soft_cap: bool = False,
+    ragged: bool = False,
     device: int = 0,
 ) -> list[str]:
     """Compile every kernel that decode calls of this kind may choose, on all cores, so that no later call has to.
@@ -95,6 +96,7 @@ def warmup(
     group_size : ``num_qo_heads / num_kv_heads``.
     kv_format : a format, or a pair (K, V).
     logits_soft_cap : whether calls will have a soft cap.
+    ragged : whether calls will have ``kv_lens``; their kernels are compiled with the others then.
     device : CUDA device index.
 
     Returns
@@ -110,8 +112,10 @@ def warmup(
     check_heads(group_size, 1, head_dim)
     problem = DecodeProblem(
         1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),
-        soft_cap=logits_soft_cap,
+        soft_cap=logits_soft_cap, ragged=ragged,
     )  # fmt: skip
     info = device_info(device)
     wanted: list[Spec] = [*specs(problem, info.arch, info.shared_per_block), MergeSpec(q_format)]
+    if ragged:
+        wanted += [MergeSpec(q_format, "listed"), ScheduleSpec()]
     return [str(kernel.spec) for kernel in compiler.load_all(wanted, device)]

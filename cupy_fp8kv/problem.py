@@ -138,7 +138,7 @@ def check_rows(argument: str, facts: Facts, itemsize: int) -> None:
             )
 
 
-def _without_idle_strides(facts: Facts) -> Facts:
+def without_idle_strides(facts: Facts) -> Facts:
     """Axes of one element are never stepped along, and libraries give them any stride."""
     strides = tuple(stride if size > 1 else 0 for size, stride in zip(facts.shape, facts.strides, strict=True))
     return facts._replace(strides=strides)
@@ -208,7 +208,7 @@ def bind_decode(
     if sizes["kv_len"] > MAX_KV_LEN:
         raise ValueError(f"k: expected at most {MAX_KV_LEN} rows a request, got {sizes['kv_len']}")
     # Strides of the axes (batch, row, head) that the kernels know; a single request's batch axis is never stepped.
-    q, k, v = (_without_idle_strides(facts) for facts in (q, k, v))
+    q, k, v = (without_idle_strides(facts) for facts in (q, k, v))
     no_batch: tuple[int, ...] = () if batched else (0,)
     q_request, q_head = (*no_batch, *q.strides[:-1])
     k_request, k_row, k_head = (*no_batch, *to_nhd(k.strides, kv_layout)[:-1])

@@ -141,10 +141,13 @@ SPLIT_CASES: dict[str, tuple[Case, Callable[[Plan], bool]]] = {
     "two": (Case(batch=11, num_kv_heads=6, kv_len=1000, group=3, seed=2), lambda plan: plan.splits == 2),
     "many": (Case(kv_len=40_000, group=4, seed=3), lambda plan: plan.splits > 100),
     "many_for_wide_groups": (Case(kv_len=9000, group=128, v="f16", seed=4), lambda plan: plan.splits > 8),
-    "waves": (Case(batch=34, num_kv_heads=8, kv_len=4608, head_dim=16, seed=5), lambda plan: plan.grid > 264),
+    "waves": (
+        Case(batch=61, num_kv_heads=9, kv_len=1536, head_dim=16, seed=5),
+        lambda plan: plan.grid > 528 and plan.splits > 1,
+    ),
     "empty": (
         Case(batch=7, kv_len=20_000, group=8, kv_lens="device", lens=(0, 1, 16, 17, 300, 19_999, 20_000), seed=6),
-        lambda plan: plan.splits > 17,
+        lambda plan: plan.bounds is not None and plan.bounds.parts > 100,
     ),
     "empty_of_all": (
         Case(batch=2, kv_len=20_000, kv_lens="device", lens=(0, 0), seed=7), lambda plan: plan.splits > 17,

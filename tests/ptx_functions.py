@@ -230,6 +230,19 @@ def _voted(x: Array) -> Array:
     return np.repeat(found, 32).astype(np.uint32)[:, None]
 
 
+def _ballot(x: Array) -> Array:
+    votes = ((x[:, 0] & 31) > 11).reshape(-1, 32)
+    return np.repeat((votes << np.arange(32)).sum(1), 32).astype(np.uint32)[:, None]
+
+
+def _sum_of_lanes(x: Array) -> Array:
+    return np.repeat(x.reshape(-1, 32).sum(1, np.uint32), 32)[:, None]
+
+
+def _lowest_bit(x: Array) -> Array:
+    return np.log2((x & -x.astype(np.int64)).astype(np.float64)).astype(np.uint32)
+
+
 def _shuffled(source: Callable[[Array], Array]) -> Callable[[Array], Array]:
     def define(x: Array) -> Array:
         lanes = source(x[:, 1].reshape(-1, 32)).astype(np.int64)
@@ -368,6 +381,10 @@ FUNCTIONS = [
         "divide", 2, 1, f"out[0] = ptx::float_bits({_floats_in('divide', 2)});", floats(2),
         lambda x: _bits(_flushed(_flushed(_f32(x[:, :1])) / _flushed(_f32(x[:, 1:])))), floats=True,
     ),
+    Function(
+        "lowest_bit", 1, 1, "out[0] = ptx::lowest_bit(in[0] | 1u << (in[0] >> 27));", words(1),
+        lambda x: _lowest_bit(x | np.uint32(1) << (x >> np.uint32(27))),
+    ),
     Function("float_bits, bits_float", 1, 1, "out[0] = ptx::float_bits(ptx::bits_float(in[0]));", words(1), np.array),
     Function("pack_f16", 2, 1, f"out[0] = {_floats_in('pack_f16', 2)};", floats(2), lambda x: _rounded(x, F16)),
     Function("pack_bf16", 2, 1, f"out[0] = {_floats_in('pack_bf16', 2)};", floats(2), lambda x: _rounded(x, BF16)),
@@ -392,6 +409,12 @@ FUNCTIONS = [
         lambda x: _codes(x, "e5m2"), arch=89,
     ),
     Function("any", 1, 1, "out[0] = ptx::any((in[0] & 31) == 0);", words(1), _voted),
+    Function("sum_of_lanes", 1, 1, "out[0] = ptx::sum_of_lanes(in[0]);", words(1), _sum_of_lanes),
+    Function("ballot", 1, 1, "out[0] = ptx::ballot((in[0] & 31) > 11);", words(1), _ballot),
+    Function(
+        "shuffle_word", 2, 1, "out[0] = ptx::shuffle_word(in[0], in[1]);", words(2),
+        _shuffled(lambda lanes: lanes & 31),
+    ),
     Function(
         "shuffle", 2, 1, "out[0] = ptx::float_bits(ptx::shuffle(ptx::bits_float(in[0]), in[1] & 31));", words(2),
         _shuffled(lambda lanes: lanes & 31),

@@ -155,6 +155,9 @@ DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
 
 DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
 
+// The number of the lowest bit that is set; x is not 0.
+DEVICE int lowest_bit(u32 x) { return __ffs(static_cast<int>(x)) - 1; }
+
 DEVICE float exp2(float x) {
     float out;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
@@ -220,6 +223,9 @@ DEVICE u32 e5m2x2_from_floats(float lo, float hi) {
 
 // ---------------------------------------------------------------------------------------------- between threads
 DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
+DEVICE u32 sum_of_lanes(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
+DEVICE u32 ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+DEVICE u32 shuffle_word(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE void sync_threads() { __syncthreads(); }

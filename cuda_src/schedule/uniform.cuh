@@ -1,26 +1,32 @@
 // Which CTA does what, known from the grid alone: every request is cut into the same number of parts.
 #pragma once
-#include "params.cuh"
-
-// One CTA's share: some query heads of one team of cache heads, over one part of the rows of one request.
-struct Work {
-    int request;
-    int head_team;
-    int column_block;
-    int split;
-};
+#include "schedule/work.cuh"
 
 struct UniformSchedule {
-    // CTAs of one request's heads are neighbours: in NHD their rows are neighbours in memory. Column blocks of one head
-    // read the same rows, so they are closest.
-    static DEVICE Work work(const DecodeParams& p, int index) {
-        Work w;
-        const int columns = p.column_blocks.quotient(index);
-        w.column_block = p.column_blocks.remainder(index, columns);
-        const int teams = p.head_teams.quotient(columns);
-        w.head_team = p.head_teams.remainder(columns, teams);
-        w.request = p.splits.quotient(teams);
-        w.split = p.splits.remainder(teams, w.request);
-        return w;
+    static constexpr bool kHasSurplus = false;
+
+    // All but the length.
+    static DEVICE Work place(const DecodeParams& p, int index) {
+        const Place place = Place::of(p, index);
+        const int request = p.splits.quotient(place.part);
+        return {request, place.head_team, place.column_block, 0, p.splits.remainder(place.part, request),
+                p.splits.value, 0};
+    }
+
+    template <class Layout>
+    static DEVICE Work work(const DecodeParams& p, Work work) {
+        work.kv_len = Layout::kv_len(p, work.request);
+        return work;
+    }
+
+    static DEVICE i64 partial(const DecodeParams& p, const Work& work, int head) {
+        const i64 row = static_cast<i64>(work.request) * (p.num_kv_heads * p.group_size) + head;
+        return row * p.splits.value + work.split;
+    }
+
+    static DEVICE Parts parts(const DecodeParams& p, int index) {
+        const int num_qo_heads = p.num_kv_heads * p.group_size;
+        return {index / num_qo_heads, index % num_qo_heads, p.splits.value, static_cast<i64>(index) * p.splits.value,
+                1};
     }
 };

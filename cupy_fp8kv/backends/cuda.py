@@ -7,16 +7,20 @@ from ..jit import compiler
 from ..jit.device import device_info, ensure_context, on_device, require_cupy
 from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
-from ..jit.spec import MergeSpec, QuantizeSpec
+from ..jit.spec import MergeSpec, QuantizeSpec, ScheduleSpec
 from ..jit.tensor_map import TensorMaps
-from ..plan import Plan, plan_decode
+from ..plan import Plan, least_turns, plan_decode
 from ..problem import DecodeProblem
 from ..tuning.store import tuned_plan
 
 #: Fields of DecodeParams that change from call to call.
-_DECODE_LEADING = 18
-#: Where K stands among the values of a call; V follows.
+_DECODE_LEADING = 19
+#: Where K stands among the values of a call; V follows. And where lengths and window stand.
 _K_VALUE = 4
+_KV_LENS_VALUE = 6
+_WINDOW_VALUE = 13
+#: CTAs of a merge behind a work list.
+_MERGES_PER_SM = 8
 #: Fields of QuantizeParams likewise.
 _QUANTIZE_LEADING = 4
 
@@ -30,7 +34,7 @@ class PreparedDecode:
     def __init__(self, problem: DecodeProblem, device: int, out_strides: tuple[int, int], plan: Plan | None = None):
         self.problem = problem
         self.device = device
-        info = device_info(device)
+        self.info = info = device_info(device)
         self.plan: Plan = plan or tuned_plan(problem, info) or plan_decode(problem, info)
         plan = self.plan
         self._runtime = require_cupy().cuda.runtime
@@ -45,52 +49,91 @@ class PreparedDecode:
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
             num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages,
+            batch=problem.batch, most_split=plan.bounds.split_requests if plan.bounds else 0,
+            least_turns=least_turns(plan.spec),
             **divisors(
                 head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
-                splits=plan.splits,
+                splits=plan.splits, list_parts=plan.bounds.parts if plan.bounds else 1,
+                turn_rows=plan.spec.turn_rows,
             ),
         )  # fmt: skip
-        split = plan.splits > 1
+        merged = plan.bounds.split_requests if plan.bounds else problem.batch * (plan.splits > 1)
         self._params = params
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
-        merge = MergeSpec(problem.q_format) if split else None
-        compiler.load_all([spec for spec in (plan.spec, merge) if spec], device)  # at the same time
+        schedule = ScheduleSpec.of_batch(problem.batch) if plan.bounds else None
+        merge = MergeSpec(problem.q_format, plan.spec.schedule) if merged else None
+        compiler.load_all([spec for spec in (plan.spec, schedule, merge) if spec], device)  # at the same time
         self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=plan.early)
+        self._schedule: Launch | None = None
+        self._merge: Launch | None = None
+        if schedule:
+            self._schedule = Launch(compiler.load(schedule, device), 1, params, dependent=True)
         if merge:
-            self._merge = Launch(
-                compiler.load(merge, device), problem.batch * problem.num_qo_heads, params, dependent=True
-            )
+            heads = merged * problem.num_qo_heads
+            # A list rarely splits as many requests as it may: CTAs that find nothing to merge are a loss.
+            merge_grid = min(heads, _MERGES_PER_SM * self.info.sm_count) if plan.bounds else heads
+            self._merge = Launch(compiler.load(merge, device), merge_grid, params, dependent=True)
 
-    def run(self, library: Library, values: tuple[int | float, ...]) -> None:
-        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""
+    def run(self, library: Library, values: tuple[int | float, ...], work_list: int = 0) -> None:
+        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``.
+
+        ``work_list``: where ``schedule`` has left one; without, a plan that needs it makes its own.
+        """
         ensure_context(self._runtime, self.device)
         if self._current_device() == self.device:
-            self._run(library, values)
+            self._run(library, values, work_list)
         else:
             with on_device(self._runtime, self.device):
-                self._run(library, values)
+                self._run(library, values, work_list)
 
-    def _run(self, library: Library, values: tuple[int | float, ...]) -> None:
+    def _run(self, library: Library, values: tuple[int | float, ...], work_list: int) -> None:
         plan = self.plan
         if plan.grid == 0:
             return
         stream, params = library.stream(self.device), self._params
-        if plan.splits == 1:
+        if self._merge is None:
             with params.lock:
-                self._write(0, 0, values)
+                params.write(0, 0, 0, *values)
+                if self._tensor_maps:
+                    self._write_maps(values)
                 self._decode(stream)
             return
         # What the workspace's owner frees when this returns is freed in the order of the stream.
-        _workspace, partial_out = library.workspace(plan.workspace, self.device, stream)
+        list_bytes = 0 if work_list else plan.workspace_list
+        size = list_bytes + plan.workspace_out + plan.workspace_state
+        _workspace, address = library.workspace(size, self.device, stream)
+        partial_out = address + list_bytes
         with params.lock:
-            self._write(partial_out, partial_out + plan.workspace_out, values)
+            params.write(partial_out, partial_out + plan.workspace_out, work_list or address, *values)
+            if self._tensor_maps:
+                self._write_maps(values)
+            if list_bytes and self._schedule is not None:
+                self._schedule(stream)
             self._decode(stream)
             self._merge(stream)
 
-    def _write(self, partial_out: int, partial_state: int, values: tuple[int | float, ...]) -> None:
-        self._params.write(partial_out, partial_state, *values)
-        if self._tensor_maps:
-            self._tensor_maps.write(int(values[_K_VALUE]), int(values[_K_VALUE + 1]), self._params.tensor_maps)
+    def schedule(self, library: Library, kv_lens: int, window_left: int, work_list: int) -> None:
+        """Make the work list of the lengths at ``kv_lens`` on the caller's current stream, for later ``run``."""
+        ensure_context(self._runtime, self.device)
+        values: list[int | float] = [0] * (_DECODE_LEADING - 3)
+        values[_KV_LENS_VALUE], values[_WINDOW_VALUE] = kv_lens, window_left
+        params = self._params
+        with on_device(self._runtime, self.device), params.lock:
+            params.write(0, 0, work_list, *values)
+            assert self._schedule is not None
+            self._schedule(library.stream(self.device))
+
+    def copy_lens(self, library: Library, kv_lens: int, to: int) -> None:
+        """Copy the lengths at ``kv_lens`` on the caller's current stream."""
+        ensure_context(self._runtime, self.device)
+        with on_device(self._runtime, self.device):
+            device_to_device = 3  # cudaMemcpyKind
+            stream = library.stream(self.device)
+            self._runtime.memcpyAsync(to, kv_lens, 4 * self.problem.batch, device_to_device, stream)
+
+    def _write_maps(self, values: tuple[int | float, ...]) -> None:
+        assert self._tensor_maps is not None
+        self._tensor_maps.write(int(values[_K_VALUE]), int(values[_K_VALUE + 1]), self._params.tensor_maps)
 
 
 class RowAxes:

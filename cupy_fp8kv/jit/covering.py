@@ -11,7 +11,7 @@ from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..problem import MAX_HEAD_DIM, DecodeProblem
 from ..tuning.options import spec_options
-from .spec import DecodeSpec, MergeSpec, QuantizeSpec, Spec
+from .spec import SCHEDULES, DecodeSpec, MergeSpec, QuantizeSpec, ScheduleSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
 _HEAD_DIMS = tuple(range(16, MAX_HEAD_DIM + 1, 16))
@@ -26,13 +26,14 @@ _MOST_SHARED = 227 << 10
 _HARDWARE_FP8_ARCH = 89
 
 
-def _problem(q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool = False) -> DecodeProblem:
-    """A problem as an ordinary NHD cache of eight heads poses it."""
+def _problem(q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool) -> DecodeProblem:
+    """A problem as an ordinary NHD cache of eight heads poses it, with lengths of their own for the requests."""
     batch, rows, heads = 16, 4096, 8
     k_row, v_row = (heads * head_dim * KV_FORMATS[name].itemsize for name in (k, v))
     return DecodeProblem(
         batch, rows, heads * group_size, heads, head_dim, q, k, v, (heads * group_size * head_dim * 2, head_dim * 2),
         (rows * k_row, k_row, k_row // heads), (rows * v_row, v_row, v_row // heads), soft_cap,
+        ragged=True,
     )  # fmt: skip
 
 
@@ -65,10 +66,18 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
+def _by_schedule(
+    q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool, arch: int
+) -> dict[str, list[DecodeSpec]]:
+    found = plan.specs(_problem(q, k, v, head_dim, group_size, soft_cap), arch)
+    return {name: [spec for spec in found if spec.schedule == name] for name in SCHEDULES}
+
+
 def _pairwise_decode(arch: int) -> list[DecodeSpec]:
     factors: dict[str, Sequence[Any]] = {
         "head_dim": _HEAD_DIMS, "k": tuple(KV_FORMATS), "v": tuple(KV_FORMATS),
-        "cta_shape": range(len(plan.specs(_problem("f16", "e4m3", "e4m3", 128, 1), arch))),
+        "cta_shape": range(len(_by_schedule("f16", "e4m3", "e4m3", 128, 1, False, arch)["uniform"])),
+        "schedule": tuple(SCHEDULES),
         "q": _Q_FORMATS, "column_tiles": tuple(_GROUPS), "soft_cap": (False, True),
         "software_fp8": (False, True),
     }  # fmt: skip
@@ -76,23 +85,27 @@ def _pairwise_decode(arch: int) -> list[DecodeSpec]:
     found = []
     for index, row in enumerate(pairwise(factors)):
         groups = _GROUPS[row["column_tiles"]]
-        problem = _problem(row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"])
-        shapes = plan.specs(problem, arch)
+        shapes = _by_schedule(
+            row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"], arch
+        )[row["schedule"]]
         found.append(replace(shapes[row["cta_shape"] % len(shapes)], software_fp8=row["software_fp8"] and hardware))
     return found
 
 
 def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arch: int) -> list[DecodeSpec]:
-    """Every CTA shape of every combination."""
+    """Every CTA shape of every combination; with a work list, which compiles much alike, one of them in turn."""
     found = []
-    for (k, v), q, head_dim, groups in itertools.product(pairs, _Q_FORMATS, head_dims, _GROUPS.values()):
-        found += plan.specs(_problem(q, k, v, head_dim, groups[-1]), arch)
+    combinations = itertools.product(pairs, _Q_FORMATS, head_dims, _GROUPS.values())
+    for index, ((k, v), q, head_dim, groups) in enumerate(combinations):
+        shapes = _by_schedule(q, k, v, head_dim, groups[-1], False, arch)
+        found += [*shapes["uniform"], shapes["listed"][index % len(shapes["listed"])]]
     return found
 
 
 def _others() -> list[Spec]:
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
-    return [*(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize)]
+    merges = itertools.product(_Q_FORMATS, SCHEDULES)
+    return [*(MergeSpec(*one) for one in merges), ScheduleSpec(), *(QuantizeSpec(*chosen) for chosen in quantize)]
 
 
 def covering_specs(arch: int) -> list[Spec]:
@@ -116,10 +129,11 @@ def all_head_dims_specs(arch: int) -> list[Spec]:
 def options_specs(arch: int) -> list[Spec]:
     """What ``tune`` may choose, which planners mostly do not: at common head dimensions, K and V in the same format."""
     device = plan.DeviceInfo("any", arch, 132, _MOST_SHARED)
-    found: list[Spec] = []
+    found: list[DecodeSpec] = []
     for name, q, head_dim, groups in itertools.product(KV_FORMATS, _Q_FORMATS, _COMMON_HEAD_DIMS, _GROUPS.values()):
-        found += spec_options(_problem(q, name, name, head_dim, groups[-1]), device)
-    return list(dict.fromkeys(found))
+        found += spec_options(_problem(q, name, name, head_dim, groups[-1], False), device)
+    # How many stages a ring has is not part of the kernel.
+    return list(dict.fromkeys(replace(spec, stages=min(spec.stages, 3)) for spec in found))
 
 
 #: Sets by the name that the command line knows them by.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from . import sources
@@ -70,8 +72,6 @@ class ParamBlock:
         self.tensor_maps = tuple(address + TENSOR_MAP_BYTES * i for i in range(maps))
         self._argument = (ctypes.c_void_p * 1)(address)
         self.address = ctypes.addressof(self._argument)
-        self._pack_into = head.pack_into
+        #: Takes the values of the leading fields.
+        self.write: Callable[..., None] = functools.partial(head.pack_into, self._buffer, self._start)
         self.lock = threading.Lock()
-
-    def write(self, *values: int | float) -> None:
-        self._pack_into(self._buffer, self._start, *values)

@@ -8,6 +8,9 @@ from ..formats import KV_FORMATS, kv_format
 from ..positions import POSITION_MODES
 from . import sources
 
+#: Policies of ``cuda_src/schedule/``, by the name of their header.
+SCHEDULES = {"uniform": "UniformSchedule", "listed": "ListedSchedule"}
+
 
 def _constants(**values: int | bool) -> list[str]:
     lines = []
@@ -35,6 +38,7 @@ class DecodeSpec:
     ctas_per_sm: int
     heads: int = 1  # neighbouring cache heads that a CTA works on
     stages: int = 0  # of a ring of boxes in shared memory, which the kernel is told; 0: rows go straight to registers
+    schedule: str = "uniform"  # or "listed"
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
@@ -72,7 +76,7 @@ class DecodeSpec:
     def _most_registers(self) -> tuple[int, int, int]:
         # Measured with NVRTC 12.9 over sm_80 to sm_120. K of two bytes is not converted, so it stays in its registers
         # until the products are done: asking for more of it right after them spills early.
-        return 190, 222 if KV_FORMATS[self.k].is_fp8 else 0, 232
+        return 183, 222 if KV_FORMATS[self.k].is_fp8 else 0, 232
 
     @property
     def tile_rows(self) -> int:
@@ -118,11 +122,12 @@ class DecodeSpec:
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
         headers = [_header(name) for name in (self.q, self.k, self.v)]
-        headers += ["scale/head.cuh", "layout/padded.cuh", f"position/{position_header}.cuh", "schedule/uniform.cuh"]
+        headers += ["scale/head.cuh", "layout/padded.cuh", f"position/{position_header}.cuh"]
+        headers += [f"schedule/{self.schedule}.cuh"]
         roles = (("QFormat", self.q), ("KFormat", self.k), ("VFormat", self.v))
         lines = [f"using {role} = {KV_FORMATS[name].policy};" for role, name in roles]
         lines += ["using Scale = HeadScale;", "using Layout = PaddedLayout;", f"using Position = {position};"]
-        lines += ["using Schedule = UniformSchedule;"]
+        lines += [f"using Schedule = {SCHEDULES[self.schedule]};"]
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
             kHeads=self.heads, kHasRing=self.stages > 0, kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
@@ -139,28 +144,51 @@ class DecodeSpec:
         flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))
         position = "" if self.position == "NONE" else f" {self.position}"
         ring = f" ring heads={self.heads}" if self.stages else ""
+        how = f"{ring}{_named(self.schedule)}{position}{flags}"
         return (
             f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
-            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{ring}{position}{flags}]"
+            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{how}]"
         )
 
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """One compiled ``cuda_src/merge.cu``, by the type of the result."""
+    """One compiled ``cuda_src/merge.cu``, by the type of the result and the schedule of what it merges."""
 
     q: str
+    schedule: str = "uniform"
 
     entry = "merge"
     threads = 256
     shared_bytes = 0
 
     def source(self) -> str:
-        lines = [f"using QFormat = {KV_FORMATS[self.q].policy};"]
-        return sources.render(str(self), [_header(self.q)], lines, "merge.cu")
+        lines = [f"using QFormat = {KV_FORMATS[self.q].policy};", f"using Schedule = {SCHEDULES[self.schedule]};"]
+        return sources.render(str(self), [_header(self.q), f"schedule/{self.schedule}.cuh"], lines, "merge.cu")
 
     def __str__(self) -> str:
-        return f"merge[out={self.q}]"
+        return f"merge[out={self.q}{_named(self.schedule)}]"
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """``cuda_src/schedule.cu`` on one CTA of ``threads`` threads; all numbers of threads share one source."""
+
+    threads: int = 1024
+
+    entry = "schedule"
+    shared_bytes = 0
+
+    @classmethod
+    def of_batch(cls, batch: int) -> ScheduleSpec:
+        """A thread a request, as far as a CTA goes: a power of two of warps."""
+        return cls(min(1024, max(32, 1 << (batch - 1).bit_length())))
+
+    def source(self) -> str:
+        return sources.render("schedule", ["layout/padded.cuh"], ["using Layout = PaddedLayout;"], "schedule.cu")
+
+    def __str__(self) -> str:
+        return f"schedule[threads={self.threads}]"
 
 
 @dataclass(frozen=True)
@@ -187,7 +215,11 @@ class QuantizeSpec:
         return f"{self.entry}[values={self.values} codes={self.codes}{' software_fp8' if self.software_fp8 else ''}]"
 
 
-Spec = DecodeSpec | MergeSpec | QuantizeSpec
+Spec = DecodeSpec | MergeSpec | ScheduleSpec | QuantizeSpec
+
+
+def _named(schedule: str) -> str:
+    return "" if schedule == "uniform" else f" {schedule}"
 
 
 def _software(on: bool) -> str:

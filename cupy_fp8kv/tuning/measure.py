@@ -20,7 +20,8 @@ from ..plan import MAX_WORKSPACE, Plan, plan_decode
 from ..problem import DecodeProblem
 
 #: What a call writes into DecodeParams, in order; the addresses of partial results, before it, are the backend's.
-_FIELDS = [name for name, code in STRUCTS["DecodeParams"] if not code.endswith("s")][2:]
+_FIELDS = [name for name, _ in STRUCTS["DecodeParams"]]
+_FIELDS = _FIELDS[_FIELDS.index("out") :]
 _OUT, _LSE, _K, _V = (_FIELDS.index(name) for name in ("out", "lse", "k", "v"))
 #: A replay should take about so long, and has at most so many calls.
 _REPLAY_US = 300.0
@@ -55,7 +56,7 @@ class Call:
                     "q: expected an array on a CUDA device, like those of the calls to come, got a host one"
                 )
             instead = copy.copy(prepared)
-            instead.run = lambda library, values: found.extend((prepared.problem, prepared.device, values))
+            instead.run = lambda library, values, work_list: found.extend((prepared.problem, prepared.device, values))
             return instead
 
         results = dispatch.decode(**arguments, probe=probe)

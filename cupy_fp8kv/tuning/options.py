@@ -84,7 +84,7 @@ def _pieces(problem: DecodeProblem, spec: DecodeSpec) -> int:
 
 def spec_options(problem: DecodeProblem, device: DeviceInfo) -> list[DecodeSpec]:
     """The kernels that fit the problem, the registers and the device: straight to registers first, then rings."""
-    base = replace(plan_decode(problem, device).spec, heads=1, stages=0)
+    base = replace(plan_decode(problem, device).spec, heads=1, stages=0, schedule="uniform")
     registers: list[DecodeSpec] = []
     rings: list[DecodeSpec] = []
     for column_tiles in (2, 1) if problem.group_size > 8 else (1,):

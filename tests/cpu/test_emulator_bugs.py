@@ -14,7 +14,8 @@ import emulator
 import numpy as np
 import pytest
 from cases import Case
-from emulator.checks import SPLIT, TAIL, move, run
+from emulator.checks import SPLIT, TAIL, made_list, move, run
+from listed import HUGE_AND_SMALL, NAMED, lists_everywhere
 from rings import take_ring
 
 import cupy_fp8kv
@@ -65,6 +66,33 @@ def narrowed(plan):
     )  # fmt: skip
 
 
+def lists(machine):
+    """One long request among short ones, through a work list."""
+    with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
+        run(machine, HUGE_AND_SMALL)
+
+
+def many_merges(machine):
+    """More heads of split requests than there are CTAs to merge them."""
+    with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
+        patch.setattr(cuda, "_MERGES_PER_SM", 1)
+        run(machine, NAMED["equal"])
+
+
+def list_of_lens(machine):
+    """The list alone, held against its definition."""
+    with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
+        made, want = made_list((20_000, 0, 7000, 63, 9000, 64, 128, 400), 20_000, window_left=15_000)
+        assert made == want
+
+
+def many_lists(machine):
+    """More requests than a warp has lanes, and than one round of the scheduling CTA takes."""
+    with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
+        patch.setattr(cuda.ScheduleSpec, "of_batch", lambda batch: cuda.ScheduleSpec(64))
+        run(machine, dataclasses.replace(NAMED["many"], batch=150, lens=NAMED["many"].lens[-150:]))
+
+
 def ring(machine):
     """Two heads through a ring, and several times round it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +119,7 @@ class Bug:
 BUGS = [
     # Wrong results
     Bug(
-        "splits overlap", (PLAIN,), "decode.cu", "p.splits.value * kTurnRows;\n    const int row_in_turn",
+        "splits overlap", (PLAIN,), "decode.cu", "work.splits * kTurnRows;\n    const int row_in_turn",
         "kTurnRows;\n    const int row_in_turn", SPLIT,
     ),
     Bug("a row too many", (PLAIN,), "mask.cuh", "return row < end;", "return row <= end;"),
@@ -137,7 +165,7 @@ BUGS = [
         NATURAL,
     ),
     Bug(
-        "rows of another request", (PLAIN, ADDRESS), "decode.cu", "Layout::kv_len(p, work.request)",
+        "rows of another request", (PLAIN, ADDRESS), "schedule/uniform.cuh", "Layout::kv_len(p, work.request)",
         "Layout::kv_len(p, 0)",
     ),
     # Threads that do not come together
@@ -187,8 +215,8 @@ BUGS = [
     ),
     Bug(
         "a partial result read that nobody uses", (ADDRESS,), "merge.cu",
-        "outs_read[i] = exists ? partial_out[static_cast<i64>(split) * quads] : zero;",
-        "outs_read[i] = partial_out[static_cast<i64>(split) * quads];\n"
+        "outs_read[i] = exists ? partial_out[row * quads] : zero;",
+        "outs_read[i] = partial_out[row * quads];\n"
         "                if (!exists) outs_read[i] = zero;", SPLIT, "use-after-poison",
     ),
     Bug(
@@ -236,6 +264,59 @@ BUGS = [
     ),
     Bug("the neighbour's rows", (PLAIN,), "attention/ring.cuh", "head * ROW_BYTES + begin", "begin", ring),
     Bug("a stage too many", (PLAIN,), "attention/ring.cuh", "++stage == STAGES", "++stage > STAGES", ring),
+    # Work lists
+    Bug(
+        "a part too few", (PLAIN,), "schedule.cu", "(turns - slack - 1) / chunk + 1;", "(turns - slack - 1) / chunk;",
+        list_of_lens,
+    ),
+    Bug(
+        "smallest parts first", (PLAIN,), "schedule.cu", "max_of(0, kBuckets - 1 - static_cast<int>(",
+        "max_of(0, (kBuckets - 1) & static_cast<int>(", list_of_lens,
+    ),
+    Bug(
+        "rows before a window counted", (PLAIN,), "schedule.cu", "range.end - range.begin + p", "range.end + p",
+        list_of_lens,
+    ),
+    Bug("parts of one number", (PLAIN,), "schedule.cu", "count << 16 | i,", "count << 16,", lists),
+    Bug("slots that two parts share", (PLAIN,), "schedule.cu", "first_slot + static_cast<int>(i)", "first_slot", lists),
+    Bug(
+        "many parts of one request forgotten", (PLAIN,), "schedule.cu", "ptx::ballot(parts > kOwn)",
+        "ptx::ballot(parts > 2 * kOwn)", list_of_lens,
+    ),
+    Bug(
+        "entries of a bucket at one place", (PLAIN,), "schedule.cu", "if (lane == bucket) entries +=",
+        "if (lane == bucket) entries =", lists,
+    ),
+    Bug(
+        "an earlier warp's entries overwritten", (PLAIN,), "schedule.cu", "entries - of_bucket + of_earlier,",
+        "entries - of_bucket,", many_lists,
+    ),
+    Bug(
+        "an earlier round's entries overwritten", (PLAIN,), "schedule.cu",
+        "before = tally.take(item, lane);\n        }", "before = Tally(tally).take(item, lane);\n        }", many_lists,
+    ),
+    Bug(
+        "nothing to do, done all the same", (PLAIN, ADDRESS), "schedule/listed.cuh",
+        "exists ? static_cast<int>(entry.parts_and_split >> 16) : 0", "static_cast<int>(entry.parts_and_split >> 16)",
+        lists,
+    ),
+    Bug(
+        "a merge of a request that was not split", (PLAIN, ADDRESS), "schedule/listed.cuh", "exists ? split.parts : 0",
+        "split.parts", lists,
+    ),
+    Bug(
+        "a list longer than its memory", (ADDRESS,), "schedule.cu", "if (threadIdx.x == 0) *list.head",
+        "list.entries[p.batch + p.list_parts.value] = {};\n    if (threadIdx.x == 0) *list.head", list_of_lens,
+        "use-after-poison",
+    ),
+    Bug(
+        "no barrier before all turns are added up", (THREAD,), "schedule.cu",
+        "    ptx::sync_threads();\n    const Cut", "    const Cut", many_lists,
+    ),
+    Bug(
+        "all lanes write a warp's count", (THREAD,), "schedule.cu", "if (lane == 0) splits_of_warp", "splits_of_warp",
+        many_lists,
+    ),
     # Races
     Bug(
         "no barrier before combining", (PLAIN, THREAD), "attention/combine.cuh",
@@ -255,7 +336,15 @@ BUGS = [
         "no barrier between pieces", (THREAD,), "attention/combine.cuh",
         "if (first_tile || begin) ptx::sync_first<32 * WARPS>();", "", WIDE,
     ),
-    Bug("no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n", "", SPLIT),
+    Bug(
+        "no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n    if (part", "    if (part",
+        SPLIT,
+    ),
+    Bug(
+        "no barrier between merges", (THREAD,), "merge.cu",
+        "if (index != static_cast<int>(blockIdx.x)) ptx::sync_threads();", "", many_merges,
+    ),
+    Bug("a merge that stops early", (PLAIN,), "merge.cu", "index += gridDim.x", "index += most", many_merges),
     Bug(
         "one lse from several threads", (THREAD,), "decode.cu", "reports = dim == 0;", "reports = dim < 8;",
     ),
@@ -265,8 +354,8 @@ BUGS = [
         "width * 4 * tiles; task += 16 * WARPS", dataclasses.replace(TAIL, group=8),
     ),
     Bug(
-        "splits that store to one place", (PLAIN, THREAD), "decode.cu", "row_of_out * p.splits.value + work.split",
-        "row_of_out * p.splits.value", narrow,
+        "splits that store to one place", (PLAIN, THREAD), "schedule/uniform.cuh",
+        "row * p.splits.value + work.split", "row * p.splits.value", narrow,
     ),
     Bug(
         "a maximum that is not atomic", (THREAD,), "quantize.cu", "ptx::atomic_max(&slots[slot], largest)",

@@ -20,8 +20,7 @@ UNUSUAL = {
         lambda plan: plan.spec.ctas_per_sm == 4 and plan.grid > 2 * 4 * emulator.HOPPER.sm_count,
     ),
     "two rings an SM": (MANY_HEADS, lambda plan: plan.spec.ctas_per_sm == 2 and plan.spec.heads == 4),
-    "eight heads a ring": (MANY_HEADS, lambda plan: plan.spec.heads == 8 and plan.spec.stages == 4 and plan.splits > 1),
-    "sixteen warps a ring": (MANY_HEADS, lambda plan: plan.spec.warps == 16 and plan.spec.heads == 2),
+    "four heads a ring": (MANY_HEADS, lambda plan: plan.spec.heads == 4 and plan.spec.stages == 4 and plan.splits > 1),
     "a long ring": (
         Case(group=1, num_kv_heads=1, batch=2, kv_len=3000, head_dim=64, v="e5m2", seed=3),
         lambda plan: plan.spec.stages >= 6,

@@ -21,14 +21,14 @@ from cupy_fp8kv.backends import cuda
 from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
 from cupy_fp8kv.jit import compiler, params, sources
 from cupy_fp8kv.jit.params import STRUCTS, TENSOR_MAP_BYTES, ParamBlock, divisors
-from cupy_fp8kv.jit.spec import DecodeSpec, MergeSpec, QuantizeSpec
+from cupy_fp8kv.jit.spec import SCHEDULES, DecodeSpec, MergeSpec, QuantizeSpec, ScheduleSpec
 from cupy_fp8kv.plan import specs
 from cupy_fp8kv.problem import DecodeProblem
 
 ROOT = Path(cupy_fp8kv.__file__).parent.parent
 SPEC = DecodeSpec("f16", "e4m3", "e5m2", 128, 1, 1, 16, 1)
 QUANTIZE = QuantizeSpec("quantize", "float32", "e4m3")
-SPECS = (SPEC, MergeSpec("bf16"), QUANTIZE)
+SPECS = (SPEC, dataclasses.replace(SPEC, schedule="listed"), MergeSpec("bf16"), MergeSpec("f16", "listed"), QUANTIZE)
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 
@@ -108,7 +108,8 @@ def every_spec():
         found += specs(DecodeProblem(1, 1, group, 1, head_dim, q, k, v, (0, 0), (0,) * 3, (0,) * 3, soft_cap), 90)
     found = list(dict.fromkeys(found))  # a group of 12 may be two blocks of 8 columns
     found += [dataclasses.replace(spec, software_fp8=True) for spec in found[:100]]
-    found += [MergeSpec("f16"), MergeSpec("bf16")]
+    found += [dataclasses.replace(spec, schedule="listed") for spec in found[:100]]
+    found += [MergeSpec(q, schedule) for q in ("f16", "bf16") for schedule in SCHEDULES] + [ScheduleSpec()]
     for entry, values, codes, software in itertools.product(
         ("amax", "scales", "quantize", "dequantize"), ("float16", "bfloat16", "float32"), FP8_FORMATS, (False, True)
     ):
@@ -521,7 +522,7 @@ def test_entry_points_take_a_documented_block():
         ):
             entries[entry] = (name, block)
         assert text.count("__global__") == len([e for e, (unit, _) in entries.items() if unit == name])
-    units = {"decode": "decode.cu", "merge": "merge.cu"}
+    units = {"decode": "decode.cu", "merge": "merge.cu", "schedule": "schedule.cu"}
     units |= dict.fromkeys(("amax", "scales", "quantize", "dequantize"), "quantize.cu")
     assert {entry: entries[entry][0] for entry in units} == units
     assert {block for _, block in entries.values()} == set(STRUCTS), "every block belongs to a kernel"
@@ -532,10 +533,10 @@ def test_entry_points_take_a_documented_block():
 
 
 def test_kernels_name_no_policy():
-    """ARCHITECTURE: formats, scale, layout, position and schedule reach decode.cu under their roles only."""
-    text = without_comments(sources.FILES["decode.cu"])
+    """ARCHITECTURE: formats, scale, layout, position and schedule reach kernels under their roles only."""
+    text = "".join(without_comments(sources.FILES[name]) for name in ("decode.cu", "merge.cu", "schedule.cu"))
     names = {fmt.policy for fmt in KV_FORMATS.values()} | {
-        "HeadScale", "PaddedLayout", "NoPosition", "UniformSchedule", "kv_format/", "scale/", "layout/", "position/",
+        "HeadScale", "PaddedLayout", "NoPosition", *SCHEDULES.values(), "kv_format/", "scale/", "layout/", "position/",
     }  # fmt: skip
     assert not {name for name in names if re.search(rf"\b{name}", text)}
 

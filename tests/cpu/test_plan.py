@@ -107,8 +107,10 @@ def test_every_plan(problem, device):
     spec = plan.spec
     pieces, left_over = divmod(plan.grid, plan.splits)
     assert plan.splits >= 1 and not left_over and plan.grid < 2**31
+    requests = plan.bounds.entries if plan.bounds else problem.batch
     # A CTA has one cache head of a request, or several whole ones.
-    assert pieces and problem.batch * problem.num_kv_heads * plan.column_blocks % pieces == 0
+    assert pieces and requests * problem.num_kv_heads * plan.column_blocks % pieces == 0
+    assert (plan.spec.schedule == "listed") is (plan.bounds is not None) <= problem.ragged
 
     # Every query head of a group has a column, and no CTA is without one.
     columns = 8 * spec.column_tiles
@@ -137,8 +139,11 @@ def test_every_plan(problem, device):
 
     # The workspace holds one state and one row of floats for each split of a head, aligned for vector loads.
     parts = problem.batch * problem.num_qo_heads * plan.splits if plan.splits > 1 else 0
+    if plan.bounds:
+        assert plan.splits == 1 and plan.bounds.batch == problem.batch > 1
+        parts = plan.bounds.slots * problem.num_qo_heads
     assert plan.workspace_out == parts * problem.head_dim * 4 and plan.workspace_state == parts * 8
-    assert plan.workspace == plan.workspace_out + plan.workspace_state
+    assert plan.workspace == plan.workspace_out + plan.workspace_state + plan.workspace_list
     assert plan.workspace_out % 16 == 0
 
     assert plan.reason and plan_decode(problem, device) == plan

@@ -7,8 +7,8 @@ from pathlib import Path
 import toolchain
 
 FILES = (
-    "test_emulator.py", "test_emulator_ring.py", "test_emulator_options.py", "test_emulator_bugs.py",
-    "test_emulator_ptx.py",
+    "test_emulator.py", "test_emulator_ring.py", "test_emulator_schedule.py", "test_emulator_options.py",
+    "test_emulator_bugs.py", "test_emulator_ptx.py",
 )  # fmt: skip
 
 

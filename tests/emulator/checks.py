@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 from cases import Arrays, Case, build
 
-from . import EmulatedArray, Emulator, allocate
+from cupy_fp8kv.backends.cuda import PreparedDecode
+from cupy_fp8kv.jit.spec import ScheduleSpec
+from cupy_fp8kv.plan import least_turns
+from cupy_fp8kv.schedule import read_list, work_list
+
+from . import EmulatedArray, Emulator, allocate, library
 
 #: Split over CTAs and merged; and short requests whose last tile is not full.
 SPLIT = Case(group=5, num_kv_heads=1, batch=1, kv_len=1500, seed=2)
@@ -47,3 +52,20 @@ def run(machine: Emulator, case: Case, arrays: Arrays | None = None) -> tuple[np
         assert not written, "memory around out was written"
     arrays.check(np.asarray(out), np.asarray(lse))
     return np.asarray(out), np.asarray(lse)
+
+
+def made_list(lens: Any, most: int, window_left: int = -1, num_kv_heads: int = 1) -> tuple[Any, Any]:
+    """The work list of some lengths below ``most``: what the kernel makes, and what it is defined to be."""
+    case = Case(batch=len(lens), kv_len=most, num_kv_heads=num_kv_heads, kv_lens="device", window_left=window_left)
+    prepared = PreparedDecode(case.problem, 0, (0, 0))
+    bounds, spec = prepared.plan.bounds, prepared.plan.spec
+    assert bounds is not None
+    memory, kv_lens = allocate(bounds.nbytes), move(np.array(lens, np.int32))
+    prepared.schedule(library, kv_lens.ctypes.data, window_left, memory.ctypes.data)
+    want = work_list(
+        np.clip(lens, 0, most).tolist(), window_left=window_left, turn_rows=spec.turn_rows, parts=bounds.parts,
+        least_turns=least_turns(spec), threads=ScheduleSpec.of_batch(len(lens)).threads,
+    )  # fmt: skip
+    made = read_list(np.asarray(memory), bounds)
+    assert len(made[0]) <= bounds.entries and len(made[1]) <= bounds.split_requests
+    return made, want

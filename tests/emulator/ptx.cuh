@@ -73,6 +73,8 @@ DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
 
 DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>((static_cast<u64>(a) * b) >> 32); }
 
+DEVICE int lowest_bit(u32 x) { return __builtin_ctz(x); }
+
 DEVICE float exp2(float x) { return numbers::flushed(::exp2f(numbers::flushed(x))); }
 DEVICE float log2(float x) { return ::log2f(x); }
 // Kernels are compiled with -ftz=true.
@@ -106,6 +108,9 @@ DEVICE u32 e5m2x2_from_floats(float lo, float hi) {
 
 // ---------------------------------------------------------------------------------------------- between threads
 DEVICE bool any(bool predicate, CALL_SITE) { return emulator::any(predicate, at); }
+DEVICE u32 sum_of_lanes(u32 x, CALL_SITE) { return emulator::sum_of_lanes(x, at); }
+DEVICE u32 ballot(bool predicate, CALL_SITE) { return emulator::ballot(predicate, at); }
+DEVICE u32 shuffle_word(u32 x, int lane, CALL_SITE) { return emulator::shuffle(x, lane, at); }
 DEVICE float shuffle(float x, int lane, CALL_SITE) { return bits_float(emulator::shuffle(float_bits(x), lane, at)); }
 DEVICE float shuffle_xor(float x, int mask, CALL_SITE) {
     return shuffle(x, static_cast<int>(threadIdx.x % 32) ^ mask, at);

@@ -63,6 +63,8 @@ void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, co
 void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const Site& at);
 unsigned transpose_8x8(unsigned pair, const Site& at);
 bool any(bool predicate, const Site& at);
+unsigned sum_of_lanes(unsigned x, const Site& at);
+unsigned ballot(bool predicate, const Site& at);
 unsigned shuffle(unsigned x, int from, const Site& at);
 
 // A fence, and an atomic operation that publishes: what was written before the fence is seen by whoever finds the

@@ -70,14 +70,32 @@ unsigned transpose_8x8(unsigned pair, const Site& at) {
     return out;
 }
 
-bool any(bool predicate, const Site& at) {
-    bool out;
-    const Combine vote = [](const void* const* ins, void* const* outs) {
-        bool found = false;
-        for (int i = 0; i < 32; i++) found |= *static_cast<const bool*>(ins[i]);
-        for (int i = 0; i < 32; i++) *static_cast<bool*>(outs[i]) = found;
+namespace {
+
+unsigned vote(const char* name, bool predicate, const Site& at) {
+    unsigned out;
+    const Combine collect = [](const void* const* ins, void* const* outs) {
+        unsigned found = 0;
+        for (int i = 0; i < 32; i++) found |= static_cast<unsigned>(*static_cast<const bool*>(ins[i])) << i;
+        for (int i = 0; i < 32; i++) *static_cast<unsigned*>(outs[i]) = found;
     };
-    meet("any", &predicate, &out, vote, !ALIGNED, at);
+    meet(name, &predicate, &out, collect, !ALIGNED, at);
+    return out;
+}
+
+}  // namespace
+
+bool any(bool predicate, const Site& at) { return vote("any", predicate, at) != 0; }
+unsigned ballot(bool predicate, const Site& at) { return vote("ballot", predicate, at); }
+
+unsigned sum_of_lanes(unsigned x, const Site& at) {
+    unsigned out;
+    const Combine add = [](const void* const* ins, void* const* outs) {
+        unsigned sum = 0;
+        for (int i = 0; i < 32; i++) sum += *static_cast<const unsigned*>(ins[i]);
+        for (int i = 0; i < 32; i++) *static_cast<unsigned*>(outs[i]) = sum;
+    };
+    meet("sum_of_lanes", &x, &out, add, !ALIGNED, at);
     return out;
 }
 

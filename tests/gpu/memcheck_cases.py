@@ -6,8 +6,10 @@ Every array is an allocation of its own, exactly as large as it is, so that an a
 import dataclasses
 
 import numpy as np
+import pytest
 from cases import Case, build
 from gpu_support import cp, to_cupy, to_host
+from listed import HUGE_AND_SMALL, lists_everywhere
 
 import cupy_fp8kv
 from cupy_fp8kv import dispatch
@@ -47,6 +49,9 @@ def main():
         for software in (False, True) if case.head_dim in (128, 80) else (False,):
             check(case, software)
             done += 1
+    with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
+        check(HUGE_AND_SMALL, False)
+        done += 1
     values = np.random.default_rng(0).standard_normal((3, 7, 5, 48), np.float32)
     for dtype in (np.float16, np.float32):
         for granularity in ("tensor", "head", "token"):

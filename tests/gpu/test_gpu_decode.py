@@ -66,7 +66,7 @@ def test_splits(name):
     moved = arrays.to(to_cupy)
     told = cupy_fp8kv.explain(
         moved.q.view, moved.k.view, moved.v.view, case.layout, window_left=case.window_left,
-        kv_format=(case.k, case.v),
+        kv_format=(case.k, case.v), kv_lens=moved.kv_lens,
     )  # fmt: skip
     assert told.backend == "cuda" and told.plan == case.plan(device())
 

@@ -1,0 +1,117 @@
+"""The work list of a ragged batch: which CTA reads which rows, made on the device by ``cuda_src/schedule.cu``.
+
+A CTA takes ``turn_rows`` rows at a time, so rows are counted in turns. A chunk is an equal share of all turns, one for
+each of ``parts`` places on the device. A request gets a part for each chunk that it has, of equal sizes; what is left
+over makes another part only if it is more than an eighth of a chunk. So there are at most ``parts`` parts beyond one a
+request, which bounds grid, list and workspace whatever the lengths are. Largest parts come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+#: Bytes of a ListHead, a SplitRequest and a ListEntry of schedule/listed.cuh.
+RECORD_BYTES = 16
+#: A list counts split requests and their parts in 16 bits each.
+MOST_PARTS = 2**15 - 1
+_BUCKETS = 32
+_SLACK_SHARE = 8
+_MOST_CHUNK = 2**30
+
+
+class ListEntry(NamedTuple):
+    """Part ``split`` of ``splits`` of a request; its partial results go to ``slot`` if there are several."""
+
+    request: int
+    kv_len: int
+    split: int
+    splits: int
+    slot: int
+
+
+class SplitRequest(NamedTuple):
+    """A request of several parts, whose partial results are in ``parts`` slots from ``slot`` on."""
+
+    request: int
+    slot: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class ListBounds:
+    """How large the list of ``batch`` requests may become with ``parts`` parts beyond one for each request."""
+
+    batch: int
+    parts: int
+
+    @property
+    def entries(self) -> int:
+        return self.batch + self.parts
+
+    @property
+    def split_requests(self) -> int:
+        return min(self.batch, self.parts)
+
+    @property
+    def slots(self) -> int:
+        """Parts of split requests: one for each request that is split, and those beyond."""
+        return self.parts + self.split_requests
+
+    @property
+    def nbytes(self) -> int:
+        return RECORD_BYTES * (1 + self.split_requests + self.entries)
+
+
+def visible_rows(kv_len: int, window_left: int) -> int:
+    """Rows that a query at the end of ``kv_len`` rows sees, as mask.cuh has it."""
+    return kv_len if window_left < 0 else min(kv_len, window_left + 1)
+
+
+def work_list(
+    kv_lens: Sequence[int], *, window_left: int, turn_rows: int, parts: int, least_turns: int, threads: int = 1024
+) -> tuple[list[ListEntry], list[SplitRequest]]:
+    """The list that ``schedule.cu`` makes of these lengths with a CTA of ``threads``.
+
+    A definition for tests and for reading; calls never run it.
+    """
+    turns = [-(-visible_rows(kv_len, window_left) // turn_rows) for kv_len in kv_lens]
+    chunk = max(least_turns, min(-(-sum(turns) // parts), _MOST_CHUNK))
+    slack = chunk // _SLACK_SHARE
+    counts = [1 if n <= chunk + slack else (n - slack - 1) // chunk + 1 for n in turns]
+    per_turn = np.float32(_BUCKETS) / np.float32(chunk + slack)
+
+    def bucket(request: int) -> int:
+        size = np.float32(turns[request]) / np.float32(counts[request])
+        return max(0, _BUCKETS - 1 - int(size * per_turn))
+
+    # A warp counts 32 neighbours of every round, and warps come one after the other.
+    order = sorted(range(len(turns)), key=lambda request: (request % threads // 32, request // threads))
+    slots: dict[int, int] = {}
+    splits: list[SplitRequest] = []
+    for request in order:
+        if counts[request] > 1:
+            slots[request] = splits[-1].slot + splits[-1].parts if splits else 0
+            splits.append(SplitRequest(request, slots[request], counts[request]))
+    entries = [
+        ListEntry(request, kv_lens[request], split, counts[request], slots.get(request, 0) + split)
+        for request in sorted(order, key=bucket)
+        for split in range(counts[request])
+    ]
+    return entries, splits
+
+
+def read_list(memory: np.ndarray, bounds: ListBounds) -> tuple[list[ListEntry], list[SplitRequest]]:
+    """What ``schedule.cu`` left in ``memory``, the bytes of a list of these bounds."""
+    head, splits, entries = np.split(memory.view(np.int32).reshape(-1, 4), (1, 1 + bounds.split_requests))
+    count, split_count = (int(number) for number in head[0, :2])
+    return (
+        [
+            ListEntry(request, kv_len, packed & 0xFFFF, packed >> 16 & 0xFFFF, slot)
+            for request, kv_len, packed, slot in entries[:count].tolist()
+        ],
+        [SplitRequest(*split[:3]) for split in splits[:split_count].tolist()],
+    )
