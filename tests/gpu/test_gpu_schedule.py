@@ -94,7 +94,8 @@ def test_random_lengths(lists, seed):
     lens, _ = random_lens(seed)
     lens = [n % 2001 for n in lens[:12]]
     run(Case(batch=len(lens), kv_len=2000, num_kv_heads=1 + seed % 2, group=1 + seed % 8, kv_lens="device",
-             lens=tuple(lens), window_left=(-1, 700)[seed % 2], head_dim=(64, 128, 256)[seed % 3], seed=seed))  # fmt: skip
+             lens=tuple(lens), window_left=(-1, 700)[seed % 2], head_dim=(64, 128, 256)[seed % 3],
+             seed=seed))  # fmt: skip
 
 
 def test_as_planned():
