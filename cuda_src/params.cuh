@@ -67,6 +67,43 @@ struct QuantizeParams {
     int scale_count;
 };
 
+// States (v, s) of N tokens and H heads, S states each: the first state, and S - 1 others side by side. Strides of s in
+// elements.
+struct MergeStatesParams {
+    u8* out;                 // [N, H, D], the type of v; may be v
+    float* lse;              // [N, H]; may be s
+    const u8* v;             // [N, H, D]
+    const float* s;          // [N, H]
+    const u8* v_other;       // [N, S - 1, H, D]
+    const float* s_other;    // [N, S - 1, H]
+    const u8* mask;          // [N]: tokens with 0 are left as they are; or null
+    // What a kind of call fixes.
+    i64 out_stride_row;
+    i64 out_stride_head;
+    i64 lse_stride_row;
+    i64 lse_stride_head;
+    i64 v_stride_row;
+    i64 v_stride_head;
+    i64 s_stride_row;
+    i64 s_stride_head;
+    i64 v_other_stride_row;
+    i64 v_other_stride_state;
+    i64 v_other_stride_head;
+    i64 s_other_stride_row;
+    i64 s_other_stride_state;
+    i64 s_other_stride_head;
+    i64 mask_stride;
+    float s_unit;            // 1 for base 2, log2(e) for base e
+    float lse_unit;          // 1 for base 2, ln 2 for base e
+    int rows;                // N * H
+    int rows_per_cta;
+    int num_states;          // S
+    int parts;               // groups of threads that share the states of a row
+    Divisor team;            // quads * parts: threads of a row
+    Divisor quads;           // D / 4
+    Divisor num_heads;       // H
+};
+
 struct ReadParams {
     const u8* k;             // k_bytes of anything, at a multiple of 16 bytes
     const u8* v;

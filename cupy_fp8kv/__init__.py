@@ -10,6 +10,7 @@ from .decode import (
 )
 from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
+from .merging import merge_state, merge_state_in_place, merge_states
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
 
@@ -25,6 +26,9 @@ __all__ = [
     "batch_decode_with_padded_kv_cache_return_lse",
     "dequantize",
     "explain",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
     "quantize",
     "single_decode_with_kv_cache",
     "warmup",

@@ -10,7 +10,7 @@ from typing import Any
 from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..problem import MAX_HEAD_DIM, DecodeProblem
-from .spec import DecodeSpec, MergeSpec, QuantizeSpec, Spec
+from .spec import DecodeSpec, MergeSpec, MergeStatesSpec, QuantizeSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
 _HEAD_DIMS = tuple(range(16, MAX_HEAD_DIM + 1, 16))
@@ -89,7 +89,10 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
 
 def _others() -> list[Spec]:
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
-    return [*(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize)]
+    return [
+        *(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize),
+        *(MergeStatesSpec(dtype) for dtype in _VALUE_DTYPES),
+    ]  # fmt: skip
 
 
 def covering_specs(arch: int) -> list[Spec]:

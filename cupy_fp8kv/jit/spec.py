@@ -168,9 +168,8 @@ class QuantizeSpec:
     shared_bytes = 0
 
     def source(self) -> str:
-        values = {"float32": "F32"}.get(self.values) or kv_format(self.values).policy
-        header = "base/f32.cuh" if values == "F32" else _header(values.lower())
-        lines = [f"using Values = {values};", f"using Codes = {KV_FORMATS[self.codes].policy};"]
+        header, policy = _value_policy(self.values)
+        lines = [f"using Values = {policy};", f"using Codes = {KV_FORMATS[self.codes].policy};"]
         title = f"quantize[values={self.values} codes={self.codes}]"
         text = sources.render(title, [header, _header(self.codes)], lines, "quantize.cu")
         return _software(self.software_fp8) + text
@@ -179,7 +178,33 @@ class QuantizeSpec:
         return f"{self.entry}[values={self.values} codes={self.codes}{' software_fp8' if self.software_fp8 else ''}]"
 
 
-Spec = DecodeSpec | MergeSpec | QuantizeSpec
+@dataclass(frozen=True)
+class MergeStatesSpec:
+    """One compiled ``cuda_src/merge_states.cu``, by the type of the values."""
+
+    values: str
+
+    entry = "merge_given"
+    threads = 256
+    shared_bytes = 0
+
+    def source(self) -> str:
+        header, policy = _value_policy(self.values)
+        return sources.render(str(self), [header], [f"using Values = {policy};"], "merge_states.cu")
+
+    def __str__(self) -> str:
+        return f"merge_states[values={self.values}]"
+
+
+Spec = DecodeSpec | MergeSpec | QuantizeSpec | MergeStatesSpec
+
+
+def _value_policy(dtype: str) -> tuple[str, str]:
+    """Header and C++ type of floats that are read or written, by the name of their dtype."""
+    if dtype == "float32":
+        return "base/f32.cuh", "F32"
+    fmt = kv_format(dtype)
+    return _header(fmt.name), fmt.policy
 
 
 def _software(on: bool) -> str:
