@@ -104,6 +104,62 @@ struct MergeStatesParams {
     Divisor num_heads;       // H
 };
 
+// N new tokens of a batch of B, H heads of D, into a cache of pages of R rows; a padded cache has B pages of L rows.
+struct AppendParams {
+    const u8* k;             // [N, H, D], or [outer, inner, H, D]
+    const u8* v;             // likewise
+    u8* k_cache;             // [pages, R, H, D]
+    u8* v_cache;             // likewise
+    float* k_token_scales;   // [pages, R, H]: written, and what K is divided by; or null
+    float* v_token_scales;   // likewise
+    const float* k_scales;   // [1] or [H], or null: what K is divided by, times k_scale
+    const float* v_scales;   // likewise
+    float k_scale;
+    float v_scale;
+    int k_scale_stride;      // 1: one scale a head, 0: one for all
+    int v_scale_stride;
+    const int* append_indptr;   // [B + 1]: the tokens of each request, its last ones; or null
+    const int* batch_indices;   // [N]: the request of each token; or null
+    const int* positions;    // [N]: its row there; with batch_indices
+    const int* kv_indptr;    // [B + 1]: the pages of each request; null: padded
+    const int* kv_indices;   // [num_indices]: pages
+    const int* kv_lens;      // [B]: rows of each request's last page, or (padded) of the request, after appending
+    u64* counts;             // [5]: saturated of K and V, NaN of K and V, tokens left out; or null
+    u32* amax;               // [2, H]: bits of floats; with counts
+    int batch;               // B
+    int num_indices;
+    // What a kind of call fixes.
+    i64 k_stride_outer;
+    i64 k_stride_inner;
+    i64 k_stride_head;
+    i64 v_stride_outer;
+    i64 v_stride_inner;
+    i64 v_stride_head;
+    i64 k_cache_stride_page;
+    i64 k_cache_stride_row;
+    i64 k_cache_stride_head;
+    i64 v_cache_stride_page;
+    i64 v_cache_stride_row;
+    i64 v_cache_stride_head;
+    i64 k_scales_stride_page;   // in elements
+    i64 k_scales_stride_row;
+    i64 k_scales_stride_head;
+    i64 v_scales_stride_page;
+    i64 v_scales_stride_row;
+    i64 v_scales_stride_head;
+    int rows;                // N * H
+    int head_dim;            // D
+    int page_size;           // R
+    int num_pages;
+    int lanes;               // threads of a row, a power of two up to 32
+    int first_side;          // 0: K, 1: V
+    int sides;               // 2: both in this launch
+    int counts_skipped;      // 1: this launch counts tokens that are left out
+    Divisor num_heads;       // H
+    Divisor inner;           // size of that axis, 1 if there is none
+    Divisor tokens_each;     // tokens of every request, where nothing else says which are whose
+};
+
 struct ReadParams {
     const u8* k;             // k_bytes of anything, at a multiple of 16 bytes
     const u8* v;

@@ -3,6 +3,8 @@
 Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; kernels are compiled at first use.
 """
 
+from .append import append_padded_kv_cache, append_paged_kv_cache
+from .counters import AppendCounters
 from .decode import (
     batch_decode_with_padded_kv_cache,
     batch_decode_with_padded_kv_cache_return_lse,
@@ -18,10 +20,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KV_FORMATS",
+    "AppendCounters",
     "DeviceInfo",
     "Explanation",
     "KVFormat",
     "__version__",
+    "append_padded_kv_cache",
+    "append_paged_kv_cache",
     "batch_decode_with_padded_kv_cache",
     "batch_decode_with_padded_kv_cache_return_lse",
     "dequantize",

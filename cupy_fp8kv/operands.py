@@ -79,9 +79,10 @@ def runs_on_cuda(backend: Any, device: int) -> bool:
 
 
 def store(library: Library, operand: Operand, values: np.ndarray) -> None:
-    """Write host values into an operand, wherever it is."""
+    """Write host values into an operand, wherever it is. uint8 codes may stand for any FP8 type."""
     if operand.facts.device == HOST:
-        library.to_numpy(operand.array)[...] = values  # a view of the same memory
+        target = library.to_numpy(operand.array)  # the same memory
+        target[...] = values if values.itemsize > 1 else values.view(target.dtype)
     else:
         operand.array[...] = library.from_numpy(values, operand.facts.device)
 

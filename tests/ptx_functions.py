@@ -244,6 +244,12 @@ def _maxima(x: Array) -> Array:
     return out
 
 
+def _sums(x: Array) -> Array:
+    out = np.zeros(len(x), np.uint64)
+    np.add.at(out, np.arange(len(x)) % 64, x[:, 0])
+    return out.view(np.uint32).reshape(-1, 2)
+
+
 def _swapped(partners: Array) -> Callable[[Array], Array]:
     return lambda x: x.reshape(-1, len(partners))[:, partners].reshape(-1, 1)
 
@@ -411,6 +417,9 @@ FUNCTIONS = [
         "sync_warp", 1, 1, _EXCHANGE.format("sync_warp", "threadIdx.x ^ 5"), words(1), _swapped(np.arange(64) ^ 5),
     ),
     Function("atomic_max", 1, 1, "ptx::atomic_max(&p.out[i % 64], in[0]);", words(1), _maxima),
+    Function(
+        "atomic_add", 1, 2, "ptx::atomic_add(reinterpret_cast<u64*>(p.out) + i % 64, in[0]);", words(1), _sums,
+    ),
     Function(
         "wait_for_previous_kernel, let_next_kernel_start", 1, 1,
         "ptx::let_next_kernel_start();\n        ptx::wait_for_previous_kernel();\n        out[0] = in[0];", words(1),

@@ -231,6 +231,7 @@ DEVICE void sync_first() {
 DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE void atomic_max(u32* address, u32 value) { atomicMax(address, value); }
+DEVICE void atomic_add(u64* address, u64 value) { atomicAdd(address, value); }
 
 // Programmatic dependent launch (sm_90 and later): a kernel launched with that attribute starts while the one before it
 // still runs, and waits here until that one's writes are visible. Without the attribute both do nothing.

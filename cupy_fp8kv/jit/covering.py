@@ -10,7 +10,7 @@ from typing import Any
 from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..problem import MAX_HEAD_DIM, DecodeProblem
-from .spec import DecodeSpec, MergeSpec, MergeStatesSpec, QuantizeSpec, Spec
+from .spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, QuantizeSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
 _HEAD_DIMS = tuple(range(16, MAX_HEAD_DIM + 1, 16))
@@ -92,6 +92,7 @@ def _others() -> list[Spec]:
     return [
         *(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize),
         *(MergeStatesSpec(dtype) for dtype in _VALUE_DTYPES),
+        *(AppendSpec(dtype, stored) for dtype in ("", *_VALUE_DTYPES) for stored in KV_FORMATS),
     ]  # fmt: skip
 
 

@@ -196,7 +196,35 @@ class MergeStatesSpec:
         return f"merge_states[values={self.values}]"
 
 
-Spec = DecodeSpec | MergeSpec | QuantizeSpec | MergeStatesSpec
+@dataclass(frozen=True)
+class AppendSpec:
+    """One compiled ``cuda_src/append.cu``: dtype of what comes in and format of the cache, or bytes as they are."""
+
+    values: str  # a dtype; "" copies elements
+    stored: str
+    software_fp8: bool = False
+
+    entry = "append"
+    threads = 256
+    shared_bytes = 0
+
+    def source(self) -> str:
+        fmt = KV_FORMATS[self.stored]
+        headers = ["row_writer.cuh"]
+        writer = f"CopyBytes<{fmt.itemsize}>"
+        if self.values:
+            header, policy = _value_policy(self.values)
+            headers += [header, _header(fmt.name)]
+            writer = f"Convert<{policy}, {fmt.policy}>"
+        lines = [f"using Writer = {writer};", f"constexpr float kStoredMax = {fmt.max!r}f;"]
+        return _software(self.software_fp8) + sources.render(str(self), headers, lines, "append.cu")
+
+    def __str__(self) -> str:
+        software = " software_fp8" if self.software_fp8 else ""
+        return f"append[values={self.values or 'as stored'} cache={self.stored}{software}]"
+
+
+Spec = DecodeSpec | MergeSpec | QuantizeSpec | MergeStatesSpec | AppendSpec
 
 
 def _value_policy(dtype: str) -> tuple[str, str]:

@@ -125,6 +125,11 @@ DEVICE void atomic_max(u32* address, u32 value) {
     }
 }
 
+DEVICE void atomic_add(u64* address, u64 value) {
+    emulator::publish(address);
+    __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
 // Kernels follow each other: one starts when the one before it has ended.
 DEVICE void wait_for_previous_kernel() {}
 DEVICE void let_next_kernel_start() {}
