@@ -160,6 +160,63 @@ struct AppendParams {
     Divisor tokens_each;     // tokens of every request, where nothing else says which are whose
 };
 
+// Pages of K and V, or of the scales beside them. Rows of `heads` heads of `words` words; see pages.cu.
+struct CopyPagesParams {
+    u8* k;                   // [pages, R, H, words]
+    u8* v;                   // likewise
+    const int* sources;      // [pairs]
+    const int* targets;      // [pairs]
+    int pairs;
+    // What a kind of call fixes.
+    i64 k_stride_page;
+    i64 k_stride_row;
+    i64 k_stride_head;
+    i64 v_stride_page;
+    i64 v_stride_row;
+    i64 v_stride_head;
+    int num_pages;
+    int page_words;          // R * H * words
+    int first_side;          // 0: K, 1: V
+    int sides;               // 2: both in this launch
+    Divisor heads;
+    Divisor words;
+};
+
+// Likewise, to padded arrays.
+struct GatherParams {
+    u8* k_out;               // [B, max_kv_len, H, words]
+    u8* v_out;               // likewise
+    const u8* k;             // [pages, R, H, words]
+    const u8* v;             // likewise
+    const int* kv_indptr;    // [B + 1]
+    const int* kv_indices;   // [num_indices]
+    const int* kv_last_page_len;   // [B]
+    int num_indices;
+    // What a kind of call fixes.
+    i64 k_stride_page;
+    i64 k_stride_row;
+    i64 k_stride_head;
+    i64 v_stride_page;
+    i64 v_stride_row;
+    i64 v_stride_head;
+    i64 k_out_stride_request;
+    i64 k_out_stride_row;
+    i64 k_out_stride_head;
+    i64 v_out_stride_request;
+    i64 v_out_stride_row;
+    i64 v_out_stride_head;
+    int num_pages;
+    int page_size;           // R
+    int max_kv_len;
+    int row_words;           // H * words
+    int units;               // B * chunks * sides
+    int first_side;
+    int sides;
+    Divisor chunks;          // pages that max_kv_len rows take
+    Divisor heads;
+    Divisor words;
+};
+
 struct ReadParams {
     const u8* k;             // k_bytes of anything, at a multiple of 16 bytes
     const u8* v;

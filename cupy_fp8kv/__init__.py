@@ -13,6 +13,7 @@ from .decode import (
 from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
 from .merging import merge_state, merge_state_in_place, merge_states
+from .page_moves import copy_pages, gather
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
 
@@ -29,8 +30,10 @@ __all__ = [
     "append_paged_kv_cache",
     "batch_decode_with_padded_kv_cache",
     "batch_decode_with_padded_kv_cache_return_lse",
+    "copy_pages",
     "dequantize",
     "explain",
+    "gather",
     "merge_state",
     "merge_state_in_place",
     "merge_states",

@@ -10,7 +10,7 @@ from typing import Any
 from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..problem import MAX_HEAD_DIM, DecodeProblem
-from .spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, QuantizeSpec, Spec
+from .spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, PagesSpec, QuantizeSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
 _HEAD_DIMS = tuple(range(16, MAX_HEAD_DIM + 1, 16))
@@ -18,6 +18,8 @@ _COMMON_HEAD_DIMS = (64, 128, 256)
 #: Group sizes by the column tiles they take.
 _GROUPS = {1: range(1, 9), 2: range(9, 17)}
 _VALUE_DTYPES = ("float16", "bfloat16", "float32")
+#: Bytes that pages.cu moves at a time: of caches, and of scales beside them.
+PAGE_WORDS = (16, 4)
 _QUANTIZE_ENTRIES = ("amax", "scales", "quantize", "dequantize")
 #: From here on conversion is in hardware, and ``software_fp8`` another kernel.
 _HARDWARE_FP8_ARCH = 89
@@ -92,6 +94,7 @@ def _others() -> list[Spec]:
     return [
         *(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize),
         *(MergeStatesSpec(dtype) for dtype in _VALUE_DTYPES),
+        *(PagesSpec(entry, word) for entry in ("copy_pages", "gather") for word in PAGE_WORDS),
         *(AppendSpec(dtype, stored) for dtype in ("", *_VALUE_DTYPES) for stored in KV_FORMATS),
     ]  # fmt: skip
 

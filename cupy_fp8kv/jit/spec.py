@@ -224,7 +224,24 @@ class AppendSpec:
         return f"append[values={self.values or 'as stored'} cache={self.stored}{software}]"
 
 
-Spec = DecodeSpec | MergeSpec | QuantizeSpec | MergeStatesSpec | AppendSpec
+@dataclass(frozen=True)
+class PagesSpec:
+    """One kernel of ``cuda_src/pages.cu``: ``entry`` is ``copy_pages`` or ``gather``."""
+
+    entry: str
+    word_bytes: int
+
+    threads = 128
+    shared_bytes = 0
+
+    def source(self) -> str:
+        return sources.render(f"pages[word={self.word_bytes}]", [], _constants(kWordBytes=self.word_bytes), "pages.cu")
+
+    def __str__(self) -> str:
+        return f"{self.entry}[word={self.word_bytes}]"
+
+
+Spec = DecodeSpec | MergeSpec | QuantizeSpec | MergeStatesSpec | AppendSpec | PagesSpec
 
 
 def _value_policy(dtype: str) -> tuple[str, str]:

@@ -13,18 +13,21 @@ import pytest
 from ptx_functions import FUNCTIONS
 
 import cupy_fp8kv
-from cupy_fp8kv.backends import cuda, cuda_append, cuda_merging
+from cupy_fp8kv.backends import cuda, cuda_append, cuda_merging, cuda_pages
 from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
 from cupy_fp8kv.jit import compiler, params, sources
 from cupy_fp8kv.jit.params import STRUCTS, TENSOR_MAP_BYTES, ParamBlock, divisors
-from cupy_fp8kv.jit.spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, QuantizeSpec
+from cupy_fp8kv.jit.spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, PagesSpec, QuantizeSpec
 from cupy_fp8kv.plan import specs
 from cupy_fp8kv.problem import DecodeProblem
 
 ROOT = Path(cupy_fp8kv.__file__).parent.parent
 SPEC = DecodeSpec("f16", "e4m3", "e5m2", 128, 1, 1, 16, 1)
 QUANTIZE = QuantizeSpec("quantize", "float32", "e4m3")
-SPECS = (SPEC, MergeSpec("bf16"), QUANTIZE, MergeStatesSpec("float16"), AppendSpec("float16", "e5m2"))
+SPECS = (
+    SPEC, MergeSpec("bf16"), QUANTIZE, MergeStatesSpec("float16"), AppendSpec("float16", "e5m2"),
+    PagesSpec("gather", 16),
+)  # fmt: skip
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 
@@ -108,6 +111,7 @@ def every_spec():
     found += [MergeStatesSpec(dtype) for dtype in ("float16", "bfloat16", "float32")]
     for values, stored, software in itertools.product(("", "float16", "float32"), KV_FORMATS, (False, True)):
         found.append(AppendSpec(values, stored, software))
+    found += [PagesSpec(entry, word) for entry in ("copy_pages", "gather") for word in (4, 16)]
     for entry, values, codes, software in itertools.product(
         ("amax", "scales", "quantize", "dequantize"), ("float16", "bfloat16", "float32"), FP8_FORMATS, (False, True)
     ):
@@ -196,6 +200,7 @@ PLAIN = {name: [field for field in fields if field[1] != "128s"] for name, field
 LEADING = {name: len(fields) for name, fields in PLAIN.items()} | {
     "DecodeParams": cuda._DECODE_LEADING, "QuantizeParams": cuda._QUANTIZE_LEADING,
     "MergeStatesParams": cuda_merging._LEADING, "AppendParams": cuda_append._LEADING,
+    "CopyPagesParams": cuda_pages._COPY_LEADING, "GatherParams": cuda_pages._GATHER_LEADING,
 }  # fmt: skip
 CODES = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_uint32: "I", ctypes.c_float: "f"}
 
@@ -435,6 +440,7 @@ def test_entry_points_take_a_documented_block():
             entries[entry] = (name, block)
         assert text.count("__global__") == len([e for e, (unit, _) in entries.items() if unit == name])
     units = {"decode": "decode.cu", "merge": "merge.cu", "merge_given": "merge_states.cu", "append": "append.cu"}
+    units |= {"copy_pages": "pages.cu", "gather": "pages.cu"}
     units |= dict.fromkeys(("amax", "scales", "quantize", "dequantize"), "quantize.cu")
     assert {entry: entries[entry][0] for entry in units} == units
     assert {block for _, block in entries.values()} == set(STRUCTS), "every block belongs to a kernel"
