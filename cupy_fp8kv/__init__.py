@@ -10,6 +10,7 @@ from .decode import (
 )
 from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
+from .paged import batch_decode_with_paged_kv_cache
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "batch_decode_with_padded_kv_cache",
     "batch_decode_with_padded_kv_cache_return_lse",
+    "batch_decode_with_paged_kv_cache",
     "dequantize",
     "explain",
     "quantize",
