@@ -11,13 +11,17 @@ from .decode import (
 from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
 from .paged import batch_decode_with_paged_kv_cache
+from .paged_wrappers import BatchDecodeWithPagedKVCacheWrapper, CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
+from .workspaces import workspace_size
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KV_FORMATS",
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "DeviceInfo",
     "Explanation",
     "KVFormat",
@@ -30,4 +34,5 @@ __all__ = [
     "quantize",
     "single_decode_with_kv_cache",
     "warmup",
+    "workspace_size",
 ]

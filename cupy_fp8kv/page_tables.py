@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,15 @@ class PageTables:
     planned_pages: int
     #: The least and the largest page in use, if the host knows.
     page_range: tuple[int, int] | None
+    #: These tables where kernels read them, by library and device.
+    _placed: dict[tuple[str, int], PageTables] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def max_rows(self) -> int:
         """Rows that a request has at most; lengths on a device are cut to it."""
         return MAX_KV_LEN if self.indptr else min(self.pages.shape[1] * self.page_size, MAX_KV_LEN)
 
-    @property
+    @functools.cached_property
     def kind(self) -> tuple[int, int, int]:
         """What calls are planned by. Lengths count roughly: a batch that grows by a row is not another kind."""
         planned = 1 << (self.planned_pages - 1).bit_length() if self.planned_pages else 0
@@ -60,7 +63,16 @@ class PageTables:
 
     def placed(self, library: Library, device: int) -> PageTables:
         """The same where kernels read it. Raises what :func:`pages.place_table` does."""
-        lens, indptr, pages = (table and place_table(table, name, library, device) for name, table in self._all)
+        found = self._placed.get((library.name, device))
+        if found is None:
+            lens, indptr, pages = (table and place_table(table, name, library, device) for name, table in self._all)
+            assert lens and pages
+            found = self._placed[library.name, device] = replace(self, lens=lens, indptr=indptr, pages=pages)
+        return found
+
+    def snapshot(self) -> PageTables:
+        """The same with copies of what is on the host."""
+        lens, indptr, pages = (table and _copied(table) for _, table in self._all)
         assert lens and pages
         return replace(self, lens=lens, indptr=indptr, pages=pages)
 
@@ -70,15 +82,21 @@ class PageTables:
         assert lens and pages
         return _checked(self.names, self.page_size, indptr, pages, lens, self.planned_pages)
 
-    @property
+    @functools.cached_property
     def addresses(self) -> tuple[int, int, int]:
         """Of ``lens``, ``indptr`` and ``pages``, in the order of DecodeParams."""
         return self.lens.address, self.indptr.address if self.indptr else 0, self.pages.address
 
     def check_pages(self, num_pages: int) -> None:
         """ValueError if the host knows of a page that a cache of ``num_pages`` does not have."""
-        if self.page_range is not None and not 0 <= self.page_range[0] <= self.page_range[1] < num_pages:
+        if self.page_range is None or 0 <= self.page_range[0] <= self.page_range[1] < num_pages:
+            return
+        if self.pages.values is not None:
             check_pages(self.pages_of_requests(), num_pages, self.names[-2])
+        raise ValueError(
+            f"{self.names[-2]}: expected pages from 0 to num_pages - 1 = {num_pages - 1}, got pages from "
+            f"{self.page_range[0]} to {self.page_range[1]}"
+        )
 
     def pages_of_requests(self) -> list[np.ndarray]:
         """The pages of each request; for tables on the host."""
@@ -126,6 +144,13 @@ def read_page_tables(
         return _checked(CSR_NAMES, page_size, bounds, pages, last, planned_pages)
     pages, lens = read_table(block_tables, "block_tables", 2), read_table(kv_lens, "kv_lens", 1)
     return _checked(BLOCK_NAMES, page_size, None, pages, lens, planned_pages)
+
+
+def _copied(table: Table) -> Table:
+    if table.values is None:
+        return table
+    copy = table.values.copy()
+    return table._replace(values=copy, owner=copy)
 
 
 def _checked(

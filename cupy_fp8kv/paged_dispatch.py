@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,16 +22,17 @@ from .dispatch import (
     to_caller,
 )
 from .formats import KV_FORMATS
+from .jit.device import refuse_capture
 from .layouts import check_kv_layout
 from .outputs import read_out
 from .page_tables import PageTables
-from .paged_problem import bind_paged
+from .paged_problem import Planned, bind_paged
 from .pages import CacheSignature, adopt_cache, bind_cache, cache_facts, cache_library, host_cache, read_cache
 from .problem import SizeBinder
+from .workspaces import Workspace
 
 
-@dataclass(frozen=True)
-class PagedOptions:
+class PagedOptions(NamedTuple):
     """What a decode call over pages takes beside arrays; defaults as in FlashInfer."""
 
     kv_layout: str = "NHD"
@@ -51,6 +51,7 @@ class PagedOptions:
     validate: bool = False
     #: What errors call K and V.
     names: tuple[str, str] = ("paged_kv_cache", "paged_kv_cache")
+    planned: Planned | None = None
 
 
 @functools.lru_cache(1024)
@@ -67,9 +68,9 @@ def page_size_of(cache: Any, kv_layout: str, names: tuple[str, str]) -> int:
 
 
 def decode_paged(
-    q: Any, cache: Any, tables: PageTables, options: PagedOptions, workspace: tuple[Any, int, int] | None = None
+    q: Any, cache: Any, tables: PageTables, options: PagedOptions, workspace: Workspace | None = None
 ) -> Any:
-    """Decode over the pages that ``tables`` name. ``workspace``: its owner, address and bytes, or None: ours."""
+    """Decode over the pages that ``tables`` name. ``workspace``: the caller's, or None: ours."""
     q, cache = arrays.adopt(q, "q"), adopt_cache(cache, options.names[0])
     library = arrays.library_of(q, "q")
     assert library is not None  # adopt() leaves no other
@@ -83,7 +84,7 @@ def decode_paged(
     key = (
         "paged", library, q_signature, cache_signature, out_signature, options.kv_layout, options.pos_encoding_mode,
         soft_cap, window_left, kv_format, options.lse_base, options.backend, options.names,
-        (tables.batch, tables.names[-1]), tables.page_size, tables.kind,
+        (tables.batch, tables.names[-1]), tables.kind, options.planned,
     )  # fmt: skip
     prepared = prepared_for(key, _prepare)
     sm_scale = options.sm_scale
@@ -91,6 +92,8 @@ def decode_paged(
     paging = prepared.problem.paging
     assert paging is not None
     if options.validate:
+        if prepared.cuda and prepared.device != HOST:
+            refuse_capture(library.stream(prepared.device), "validate", "False")
         tables.downloaded().check_pages(paging.num_pages)
     else:
         tables.check_pages(paging.num_pages)
@@ -98,16 +101,13 @@ def decode_paged(
         return _decode_from_host(
             library, prepared, q, cache, tables, options, window_left, soft_cap, sm_scale
         )  # fmt: skip
-    if workspace is not None and workspace[2] < prepared.workspace:
-        raise ValueError(
-            f"float_workspace_buffer: expected {prepared.workspace} bytes or more for {prepared.problem}, got "
-            f"{workspace[2]}"
-        )
+    if workspace is not None:
+        workspace.check(prepared.workspace, prepared.problem, library, prepared.device)
     placed = tables.placed(library, prepared.device)
     return run_on_device(
         library, prepared, q, (q_address, k_address, v_address + prepared.v_offset, out_address), placed.addresses,
         options.q_scale, options.k_scale, options.v_scale, window_left, soft_cap, sm_scale, options.return_lse, out,
-        workspace and workspace[:2],
+        None if workspace is None else (workspace.owner, workspace.address),
     )  # fmt: skip
 
 
@@ -126,23 +126,19 @@ def _prepare(
     backend: str | None,
     names: tuple[str, str],
     batch: tuple[int, str],
-    page_size: int,
     kind: tuple[int, int, int],
+    planned: Planned | None,
 ) -> Prepared:
     check_lse_base(lse_base)
     check_options(pos_encoding_mode, logits_soft_cap, backend)
     q = library.facts(q_signature)
     k, v, v_offset = cache_facts(library, cache_signature, names[0])
+    if planned is not None:
+        planned.check(q, k, v, check_kv_layout(kv_layout), names)
     problem = bind_paged(
         q, k, v, batch=batch, kind=kind, names=names, kv_layout=kv_layout, requested_format=kv_format,
         soft_cap=bool(logits_soft_cap), window_left=window_left, position=pos_encoding_mode,
     )  # fmt: skip
-    assert problem.paging is not None
-    if problem.paging.page_size != page_size:
-        raise ValueError(
-            f"{names[0]}: expected page_size = {page_size} as planned, got {problem.paging.page_size} in shape "
-            f"{list(k.shape)} read as {kv_layout}"
-        )
     cuda = runs_on_cuda(problem, q, k, v, backend, names)
     return prepare_problem(library, problem, q, cuda, lse_base, out_signature, backend, v_offset)
 

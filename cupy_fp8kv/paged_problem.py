@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-from .formats import Q_DTYPES, kv_format
+from .formats import KV_FORMATS, Q_DTYPES, kv_format
 from .pages import PagedSizes, bind_cache
 from .problem import (
     MAX_KV_LEN,
@@ -97,3 +98,42 @@ def bind_paged(
         window=window_left + 1 if window_left >= 0 else -1, position=position, ragged=True,
         paging=Paging(found.page_size, found.num_pages, max_rows, block_table_stride),
     )  # fmt: skip
+
+
+class Planned(NamedTuple):
+    """What a wrapper's plan() was told, and run() is held to. ``q_format`` None: any."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    q_format: str | None
+    k_format: str
+    v_format: str
+
+    def check(self, q: Facts, k: Facts, v: Facts, kv_layout: str, names: tuple[str, str]) -> None:
+        """ValueError or TypeError for arrays of other sizes or types than planned."""
+        rows = (self.page_size, self.num_kv_heads) if kv_layout == "NHD" else (self.num_kv_heads, self.page_size)
+        for name, facts, planned, fmt in (
+            ("q", q, (self.num_qo_heads, self.head_dim), self.q_format),
+            (names[0], k, (*rows, self.head_dim), self.k_format),
+            (names[1], v, (*rows, self.head_dim), self.v_format),
+        ):
+            if facts.shape[1:] != planned:
+                raise ValueError(
+                    f"{name}: expected shape [..., {str(list(planned))[1:]} as planned, got {list(facts.shape)}"
+                )
+            codes = facts.dtype == "uint8" and fmt is not None and KV_FORMATS[fmt].is_fp8
+            if fmt is not None and not codes and facts.dtype != KV_FORMATS[fmt].dtype.name:
+                raise TypeError(
+                    f"{name}: expected {KV_FORMATS[fmt].dtype.name} as planned "
+                    f"({'q_data_type' if name == 'q' else 'data_type'}), got {facts.dtype}"
+                )
+
+    def problem(self, batch: int, kind: tuple[int, int, int], window_left: int, soft_cap: bool) -> DecodeProblem:
+        """For the planner, which does not look at strides. ``kind``: :attr:`PageTables.kind`."""
+        return DecodeProblem(
+            batch, kind[0], self.num_qo_heads, self.num_kv_heads, self.head_dim, self.q_format or "f16", self.k_format,
+            self.v_format, (0, 0), (0, 0, 0), (0, 0, 0), soft_cap, window_left + 1 if window_left >= 0 else -1,
+            ragged=True, paging=Paging(self.page_size, 1, kind[1], kind[2]),
+        )  # fmt: skip
