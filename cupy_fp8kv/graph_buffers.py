@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import arrays
 from .arrays import HOST
 from .jit.device import refuse_capture
 from .page_tables import PageTables
@@ -31,10 +32,14 @@ def _read_buffer(value: Any, argument: str) -> Table:
     if value is None:
         raise ValueError(f"{argument}: expected an int32 array, which use_cuda_graph needs, got None")
     table = read_table(value, argument, 1)
-    if table.owner is not value and not (isinstance(value, np.ndarray) and np.shares_memory(table.owner, value)):
-        raise TypeError(f"{argument}: expected a contiguous int32 array, which plan() can write")
-    if not table.library.mutable:
-        raise TypeError(f"{argument}: {table.library.name} arrays cannot be written")
+    library = arrays.library_of(value, argument)
+    if library is not None and not library.mutable:
+        raise TypeError(f"{argument}: {library.name} arrays cannot be written")
+    values = table.values
+    if values is not None and library is not None:
+        in_place = values.size == 0 or np.shares_memory(values, library.to_numpy(value))
+        if not in_place or not values.flags.writeable:
+            raise TypeError(f"{argument}: expected a contiguous int32 array that plan() can write")
     return table
 
 
