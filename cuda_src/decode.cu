@@ -196,6 +196,8 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
 
         if (kAhead > 0 && more) values.load(places.of_v(v_rows, next), range, next, lane);
         if (kAhead == 0 && !kHasRing && more) {
+            // The compiler would make addresses while V is still in the registers, and spill.
+            if constexpr (Layout::kLooksUp) ptx::sync_warp();
             places.find(next, step);
             keys.load(places.of_k(k_rows, next), range, next, lane);
         }

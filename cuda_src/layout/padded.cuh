@@ -28,6 +28,8 @@ struct StridedRows {
 
 struct PaddedLayout {
     // Where a tile's rows lie follows from their numbers.
+    static constexpr bool kLooksUp = false;
+
     template <int SUBTILES>
     struct Places {
         DEVICE Places(const DecodeParams&, int, const RowRange&, const Lane&) {}

@@ -34,6 +34,8 @@ struct PlacedRows {
 };
 
 struct PagedLayout {
+    static constexpr bool kLooksUp = true;
+
     // Tables on the device cannot be checked before the launch: rows that a request's pages do not have are cut off.
     static DEVICE int kv_len(const DecodeParams& p, int request) {
         const int rows = p.kv_lens[request];

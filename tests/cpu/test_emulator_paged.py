@@ -172,7 +172,7 @@ def test_a_workspace_too_small_is_refused_in_plan(emulate, nbytes):
         planned(wrapper, SPLIT, moved)
     wrapper.reset_workspace_buffer(None)
     planned(wrapper, SPLIT, moved)
-    with pytest.raises(ValueError, match="^float_workspace_buffer: "):
+    with pytest.raises(ValueError, match=r"^float_workspace_buffer: "):
         wrapper.reset_workspace_buffer(space)
 
 
