@@ -18,7 +18,9 @@ struct DecodeParams {
     const u8* q;             // [B, Hq, D]
     const u8* k;             // [B, L, Hkv, D]
     const u8* v;             // [B, L, Hkv, D]
-    const int* kv_lens;      // [B], or null: every request has kv_len rows
+    const int* kv_lens;      // [B], or null: every request has kv_len rows; with page_indptr, rows of the last page
+    const int* page_indptr;  // [B + 1], where a request's pages begin in page_indices, or null: they are a block table
+    const int* page_indices; // pages of all requests, or [B, >= pages of a request]; null for a padded cache
     const float* q_scale;    // [1], or null
     const float* k_scale;    // [1] or [Hkv], or null
     const float* v_scale;    // [1] or [Hkv], or null
@@ -46,6 +48,15 @@ struct DecodeParams {
     Divisor head_teams;      // Hkv / kHeads: CTAs that share the cache heads of one request
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
+    // Of a paged cache. Its rows lie at multiples of a unit of bytes, so that 32 bits tell them apart.
+    Divisor page_size;       // rows of a page
+    int block_table_stride;  // in page_indices, from one request to the next
+    int k_unit;
+    int k_units_page;        // from one page to the next
+    int k_units_row;         // from one row of a page to the next
+    int v_unit;
+    int v_units_page;
+    int v_units_row;
 };
 
 // Rows of D elements on three axes; what has fewer axes has size 1 there.

@@ -3,7 +3,9 @@
 Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; kernels are compiled at first use.
 """
 
+from .allocator import OutOfPagesError
 from .append import append_padded_kv_cache, append_paged_kv_cache
+from .cache import PagedKVCache
 from .counters import AppendCounters
 from .decode import (
     batch_decode_with_padded_kv_cache,
@@ -14,22 +16,30 @@ from .explain import Explanation, explain, warmup
 from .formats import KV_FORMATS, KVFormat
 from .merging import merge_state, merge_state_in_place, merge_states
 from .page_moves import copy_pages, gather
+from .paged import batch_decode_with_paged_kv_cache
+from .paged_wrappers import BatchDecodeWithPagedKVCacheWrapper, CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 from .plan import DeviceInfo
 from .quantize import dequantize, quantize
+from .workspaces import workspace_size
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KV_FORMATS",
     "AppendCounters",
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "DeviceInfo",
     "Explanation",
     "KVFormat",
+    "OutOfPagesError",
+    "PagedKVCache",
     "__version__",
     "append_padded_kv_cache",
     "append_paged_kv_cache",
     "batch_decode_with_padded_kv_cache",
     "batch_decode_with_padded_kv_cache_return_lse",
+    "batch_decode_with_paged_kv_cache",
     "copy_pages",
     "dequantize",
     "explain",
@@ -40,4 +50,5 @@ __all__ = [
     "quantize",
     "single_decode_with_kv_cache",
     "warmup",
+    "workspace_size",
 ]

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Library
+from .arrays import HOST, Library, device_name
 from .backends import reference_cache as reference
-from .pages import Table, check_csr, check_pages, csr_pages, place_table, read_table
+from .pages import Table, check_csr, check_pages, csr_pages, download_table, place_table, read_table
 from .stored_cache import StoredCache
 
 PAGED_NAMES = ("kv_indptr", "kv_indices", "kv_last_page_len")
@@ -33,14 +33,30 @@ class Padded(NamedTuple):
     kv_lens: Any
 
 
+def table_of(value: Any, argument: str, cache: StoredCache, download: bool) -> Table:
+    """An array of integers for an operation on a cache: on the host (``download``: in any case), or where the cache is.
+
+    TypeError or ValueError for one on another device, or of another library there.
+    """
+    table = read_table(value, argument, 1)
+    if download:
+        return download_table(table, argument)
+    if table.device != HOST and table.library is not cache.library:
+        ours, theirs = cache.library.name, table.library.name
+        raise TypeError(f"{argument}: expected an array of {ours} like the cache, got one of {theirs}")
+    if table.device not in (HOST, cache.device):
+        ours, theirs = device_name(cache.device), device_name(table.device)
+        raise ValueError(f"{argument}: expected device {ours} like the cache, got {theirs}")
+    return table
+
+
 def paged_tables(
     table: Paged, cache: StoredCache, download: bool
 ) -> tuple[tuple[Table, Table, Table], np.ndarray | None, list[np.ndarray] | None]:
     """The tables of pages; the lengths and the pages of the requests, if the host knows them."""
-    library, device, sizes = cache.library, cache.device, cache.sizes
+    sizes = cache.sizes
     indptr, indices, last = (
-        read_table(value, name, 1, library, device, download=download)
-        for value, name in zip(table, PAGED_NAMES, strict=True)
+        table_of(value, name, cache, download) for value, name in zip(table, PAGED_NAMES, strict=True)
     )
     lens = check_csr(indptr, indices, last, last.shape[0], sizes.page_size, PAGED_NAMES)
     pages = None
@@ -80,9 +96,7 @@ class AppendTables:
         """``download``: everything is wanted on the host, wherever it is."""
 
         def read(value: Any, name: str) -> Table | None:
-            if value is None:
-                return None
-            return read_table(value, name, 1, cache.library, cache.device, download=download)
+            return None if value is None else table_of(value, name, cache, download)
 
         indptr = indices = None
         if isinstance(table, Paged):
@@ -90,7 +104,7 @@ class AppendTables:
             batch = last.shape[0]
         else:
             batch = cache.sizes.num_pages
-            last = read_table(table.kv_lens, "kv_lens", 1, cache.library, cache.device, download=download)
+            last = table_of(table.kv_lens, "kv_lens", cache, download)
             lens = _check_padded(last, batch, cache.sizes.page_size)
             pages = [np.array([b]) for b in range(batch)]
         found = cls(

@@ -79,13 +79,23 @@ def append(
 ) -> None:
     """Write tokens into a cache. Everything is checked before anything is written."""
     there = StoredCache.of(cache, kv_layout, options.kv_format, padded=isinstance(table, Padded))
-    cuda = runs_on_cuda(options.backend, there.device)
-    library, operands = read_operands(append_key=append_key, append_value=append_value)
-    there.check_place(library, operands[0])
-    sides = _sides(operands, there, options)
+    runs_on_cuda(options.backend, there.device)
     equally = isinstance(table, Padded) and tokens.indptr is None
-    count = _count(operands, there, equally)
-    _check_counters(options.counters, there, sides)
+    sides, count = check_tokens(append_key, append_value, there, options, equally)
+    write_tokens(there, sides, count, tokens, table, options)
+
+
+def write_tokens(
+    there: StoredCache,
+    sides: list[_Side],
+    count: _Count,
+    tokens: Tokens,
+    table: Paged | Padded,
+    options: Options,
+) -> None:
+    """The rest of :func:`append`, for what :func:`check_tokens` has checked."""
+    cuda = runs_on_cuda(options.backend, there.device)
+    equally = isinstance(table, Padded) and tokens.indptr is None
     on_host = not cuda or there.device == HOST
     tables = AppendTables.of(tokens, table, count.tokens, count.inner if equally else 0, there, download=on_host)
     if not count.tokens or not there.sizes.num_kv_heads:
@@ -99,6 +109,18 @@ def append(
 
 
 # Checks
+
+
+def check_tokens(
+    append_key: Any, append_value: Any, cache: StoredCache, options: Options, equally: bool = False
+) -> tuple[list[_Side], _Count]:
+    """Everything about keys and values and the options; TypeError or ValueError for what does not fit the cache."""
+    library, operands = read_operands(append_key=append_key, append_value=append_value)
+    cache.check_place(library, operands[0])
+    sides = _sides(operands, cache, options)
+    count = _count(operands, cache, equally)
+    _check_counters(options.counters, cache, sides)
+    return sides, count
 
 
 def _sides(operands: list[Operand], cache: StoredCache, options: Options) -> list[_Side]:

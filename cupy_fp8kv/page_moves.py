@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from . import arrays
-from .append_tables import Paged, paged_tables
+from .append_tables import Paged, paged_tables, table_of
 from .arrays import HOST
 from .backends import cuda_pages
 from .backends import reference_cache as reference
 from .backends.cuda_pages import Rows, Sides
 from .operands import Operand, runs_on_cuda, store
-from .pages import Table, place_table, read_table
+from .pages import Table, place_table
 from .stored_cache import StoredCache
 
 
@@ -43,7 +43,7 @@ def copy_pages(
     beside = _beside(cache, k_token_scales, v_token_scales, written=True)
     download = not cuda or cache.device == HOST
     tables = [
-        read_table(pages, name, 1, cache.library, cache.device, download=download)
+        table_of(pages, name, cache, download)
         for pages, name in ((source_pages, "source_pages"), (target_pages, "target_pages"))
     ]
     _check_pairs(tables[0], tables[1], cache.sizes.num_pages)

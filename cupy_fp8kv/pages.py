@@ -120,68 +120,73 @@ def bind_cache(
 
 
 class Table(NamedTuple):
-    """An int32 array of a page table: its values if they are on the host, where it lies otherwise."""
+    """An int32 array of a page table: its values if they are on the host, otherwise where it lies."""
 
     shape: tuple[int, ...]
     values: np.ndarray | None
-    address: int = 0
-    stride: int = 0  # from one row to the next of a block table, in elements
-    owner: Any = None  # keeps the array alive
+    library: Library
+    device: int
+    address: int
+    stride: int  # from one row to the next of a block table, in elements
+    owner: Any  # keeps the array alive
 
 
-def read_table(value: Any, argument: str, ndim: int, library: Library, device: int, *, download: bool = False) -> Table:
-    """An array of a page table: any integers on the host, or int32 on ``device``, of the library of the call.
-
-    ``device`` is where the cache is; ``download``: wherever the table is, its values are wanted on the host. TypeError
-    or ValueError for anything else.
-    """
+def read_table(value: Any, argument: str, ndim: int) -> Table:
+    """An array of a page table: any integers on the host (or a list), int32 with a contiguous last axis on a device."""
     if isinstance(value, (tuple, list)):
-        value = np.asarray(value, dtype=np.int32 if not value else None)
+        value = np.asarray(value, dtype=None if value else np.int32)
     value = arrays.adopt(value, argument)
-    source = arrays.library_of(value, argument)
-    assert source is not None  # adopt() leaves no other
-    address, signature = arrays.read(source, value, argument)
-    facts = source.facts(signature)
+    library = arrays.library_of(value, argument)
+    assert library is not None  # adopt() leaves no other
+    address, signature = arrays.read(library, value, argument)
+    facts = library.facts(signature)
     if len(facts.shape) != ndim:
         raise ValueError(
             f"{argument}: expected {ndim} {'axis' if ndim == 1 else 'axes'}, got shape {list(facts.shape)}"
         )
-    if facts.device == HOST or download:
-        return _host_table(source.to_numpy(value), argument)
-    if device != HOST and source is not library:
-        raise TypeError(f"{argument}: expected an array of {library.name} like the cache, got one of {source.name}")
-    if facts.device != device:
-        raise ValueError(
-            f"{argument}: expected device {device_name(device)} like the cache, got {device_name(facts.device)}"
-        )
+    if facts.device == HOST:
+        return _host_table(library.to_numpy(value), argument)
     if facts.dtype != "int32":
         raise TypeError(f"{argument}: expected int32, got {facts.dtype}")
     size, step = facts.shape[-1], facts.strides[-1]
     rows_apart = facts.strides[0] if ndim == 2 and facts.shape[0] > 1 else 0
-    if (size > 1 and step != 4) or rows_apart % 4 or abs(rows_apart) >= 2**33:
+    if (size > 1 and step != 4) or not 0 <= rows_apart < 2**33:
         raise ValueError(
             f"{argument}: expected a contiguous last axis, got shape {list(facts.shape)} with strides "
             f"{list(facts.strides)} in bytes"
         )
-    return Table(facts.shape, None, address, rows_apart // 4, value)
+    return Table(facts.shape, None, library, facts.device, address, rows_apart // 4, value)
 
 
 def _host_table(values: np.ndarray, argument: str) -> Table:
     if values.dtype.kind not in "iu":
         raise TypeError(f"{argument}: expected int32, got {values.dtype}")
-    narrow = values.astype(np.int32)
+    narrow = np.ascontiguousarray(values, dtype=np.int32)
     if values.dtype != np.int32 and not np.array_equal(narrow, values):
         raise ValueError(f"{argument}: expected values that int32 holds, got {values.min()} to {values.max()}")
-    return Table(narrow.shape, narrow, 0, narrow.shape[1] if narrow.ndim == 2 else 0)
+    stride = narrow.shape[1] if narrow.ndim == 2 else 0
+    return Table(narrow.shape, narrow, arrays.library("numpy"), HOST, 0, stride, narrow)
 
 
 def place_table(table: Table, argument: str, library: Library, device: int) -> Table:
-    """The table on ``device``: as it is, or uploaded. RuntimeError for an upload while a graph is captured."""
-    if table.values is None:
-        return table
-    refuse_capture(library.stream(device), argument)
-    owner, address = arrays.upload(library, table.values, device)
-    return table._replace(address=address, owner=owner, values=None)
+    """The table where kernels of ``library``'s call on ``device`` read it: as it is, or uploaded.
+
+    TypeError or ValueError for one of another library or device, RuntimeError for an upload while a graph is captured.
+    """
+    if table.device == HOST:
+        refuse_capture(library.stream(device), argument)
+        owner, address = arrays.upload(library, table.owner, device)
+        return table._replace(values=None, library=library, device=device, address=address, owner=owner)
+    if table.library is not library:
+        raise TypeError(f"{argument}: expected an array of {library.name} like q, got one of {table.library.name}")
+    if table.device != device:
+        raise ValueError(f"{argument}: expected device {device_name(device)} like q, got {device_name(table.device)}")
+    return table
+
+
+def download_table(table: Table, argument: str) -> Table:
+    """The table with its values on the host, after a copy if it is on a device."""
+    return table if table.device == HOST else _host_table(table.library.to_numpy(table.owner), argument)
 
 
 CSR_NAMES = ("indptr", "indices", "last_page_len")

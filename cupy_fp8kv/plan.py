@@ -98,7 +98,7 @@ def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
                 spec = DecodeSpec(
                     q=problem.q_format, k=problem.k_format, v=problem.v_format, head_dim=problem.head_dim,
                     column_tiles=column_tiles, subtiles=subtiles, warps=warps, ctas_per_sm=1,
-                    soft_cap=problem.soft_cap, position=problem.position,
+                    soft_cap=problem.soft_cap, position=problem.position, layout=problem.layout,
                 )  # fmt: skip
                 fits_16 = spec.fragment_registers[2] <= _FRAGMENTS_OF_16_WARPS
                 if fits_16 if warps == 16 else spec.ahead == 2 or (spec.ahead >= 0 and subtiles == 1):
@@ -117,7 +117,8 @@ def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None
     """Every specialisation that some batch, length, number of heads and device of ``arch`` may use for this kind of
     problem: straight to registers first, largest CTAs first. Given ``shared_per_block``, only rings that fit it."""
     spec, _ = _tile(problem)
-    rings = (_ring(spec, heads, split) for heads, split in RING_TEAMS) if arch >= _RING_ARCH else ()
+    may_have_ring = arch >= _RING_ARCH and not problem.paging
+    rings = (_ring(spec, heads, split) for heads, split in RING_TEAMS) if may_have_ring else ()
     fitting = (ring for ring in rings if ring and ring.shared_bytes <= (shared_per_block or ring.shared_bytes))
     return [*_cta_sizes(spec), *fitting]
 
@@ -143,7 +144,7 @@ def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blo
         return None
     # A CTA of several heads would make the longest of unequal requests last longer; column blocks read rows again, and
     # were not measured.
-    if problem.ragged or blocks > 1 or not problem.can_copy_boxes:
+    if problem.ragged or problem.paging or blocks > 1 or not problem.can_copy_boxes:
         return None
     for heads, may_split in RING_TEAMS:
         ring = _ring(spec, heads, may_split)

@@ -352,6 +352,7 @@ FUNCTIONS = [
         "u32 v[4]; ptx::load_once<16>(v, reinterpret_cast<const u8*>(in));\n"
         "        for (int j = 0; j < 4; j++) out[j] = v[j];", 4, 4, "load_once<16>",
     ),
+    _load("out[0] = ptx::load_4(in);", 1, 1, "load_4"),
     _load("const uint2 v = ptx::load_8(in);\n        out[0] = v.x, out[1] = v.y;", 2, 2, "load_8"),
     *(_mma(name, dtype, integers) for name, dtype in (("f16", F16), ("bf16", BF16)) for integers in (True, False)),
     Function("transpose_8x8", 1, 1, "out[0] = ptx::transpose_8x8(in[0]);", words(1), _transposed),
@@ -400,6 +401,10 @@ FUNCTIONS = [
     Function("any", 1, 1, "out[0] = ptx::any((in[0] & 31) == 0);", words(1), _voted),
     Function(
         "shuffle", 2, 1, "out[0] = ptx::float_bits(ptx::shuffle(ptx::bits_float(in[0]), in[1] & 31));", words(2),
+        _shuffled(lambda lanes: lanes & 31),
+    ),
+    Function(
+        "shuffle of words", 2, 1, "out[0] = ptx::shuffle(in[0], static_cast<int>(in[1] & 31));", words(2),
         _shuffled(lambda lanes: lanes & 31),
     ),
     *(

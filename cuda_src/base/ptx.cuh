@@ -35,6 +35,13 @@ DEVICE void load_once(u32* dst, const u8* src) {
     }
 }
 
+// A word that neighbouring warps ask for too.
+DEVICE u32 load_4(const void* src) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(src));
+    return v;
+}
+
 DEVICE uint2 load_8(const void* src) {
     uint2 v;
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(src));
@@ -221,6 +228,7 @@ DEVICE u32 e5m2x2_from_floats(float lo, float hi) {
 // ---------------------------------------------------------------------------------------------- between threads
 DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE void sync_threads() { __syncthreads(); }
 // The first COUNT threads of the CTA meet: whole warps, the others do not take part.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..arrays import Library
 from ..jit import compiler
 from ..jit.device import device_info, ensure_context, on_device, require_cupy
@@ -9,11 +11,12 @@ from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec
 from ..jit.tensor_map import TensorMaps
+from ..paged_problem import paging_fields
 from ..plan import Plan, plan_decode
 from ..problem import DecodeProblem
 
 #: Fields of DecodeParams that change from call to call.
-_DECODE_LEADING = 18
+_DECODE_LEADING = 20
 #: Where K stands among the values of a call; V follows.
 _K_VALUE = 4
 #: Fields of QuantizeParams likewise.
@@ -37,12 +40,13 @@ class PreparedDecode:
             v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
+            kv_len=problem.max_rows, group_size=problem.group_size, head_dim=problem.head_dim,
             num_kv_heads=problem.num_kv_heads,
             **divisors(
                 head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
-                splits=plan.splits,
+                splits=plan.splits, page_size=problem.paging.page_size if problem.paging else 1,
             ),
+            **paging_fields(problem),
         )  # fmt: skip
         # With a merge behind it, a call may start while the merge of the call before it runs.
         split = plan.splits > 1
@@ -53,16 +57,19 @@ class PreparedDecode:
             merge = compiler.load(MergeSpec(problem.q_format), device)
             self._merge = Launch(merge, problem.batch * problem.num_qo_heads, params, dependent=True)
 
-    def run(self, library: Library, values: tuple[int | float, ...]) -> None:
-        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``."""
+    def run(self, library: Library, values: tuple[int | float, ...], workspace: tuple[Any, int] | None = None) -> None:
+        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``.
+
+        ``workspace``: something that holds ``plan.workspace`` bytes or more, and their address; None: ours.
+        """
         ensure_context(self._runtime, self.device)
         if self._runtime.getDevice() != self.device:
             with on_device(self._runtime, self.device):
-                self._run(library, values)
+                self._run(library, values, workspace)
         else:
-            self._run(library, values)
+            self._run(library, values, workspace)
 
-    def _run(self, library: Library, values: tuple[int | float, ...]) -> None:
+    def _run(self, library: Library, values: tuple[int | float, ...], workspace: tuple[Any, int] | None) -> None:
         plan = self.plan
         if plan.grid == 0:
             return
@@ -73,7 +80,7 @@ class PreparedDecode:
                 self._decode(stream)
             return
         # What the workspace's owner frees when this returns is freed in the order of the stream.
-        _workspace, partial_out = library.workspace(plan.workspace, self.device, stream)
+        _workspace, partial_out = workspace or library.workspace(plan.workspace, self.device, stream)
         with params.lock:
             self._write(partial_out, partial_out + plan.workspace_out, values)
             self._decode(stream)

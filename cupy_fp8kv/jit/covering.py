@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
-from ..problem import MAX_HEAD_DIM, DecodeProblem
+from ..layouts import LAYOUTS
+from ..problem import MAX_HEAD_DIM, DecodeProblem, Paging
 from .spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, PagesSpec, QuantizeSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
@@ -25,13 +26,17 @@ _QUANTIZE_ENTRIES = ("amax", "scales", "quantize", "dequantize")
 _HARDWARE_FP8_ARCH = 89
 
 
-def _problem(q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool = False) -> DecodeProblem:
+def _problem(
+    q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool = False, layout: str = "padded"
+) -> DecodeProblem:
     """A problem as an ordinary NHD cache of eight heads poses it."""
     batch, rows, heads = 16, 4096, 8
+    paging = Paging(16, 1, rows, 0) if layout == "paged" else None
     k_row, v_row = (heads * head_dim * KV_FORMATS[name].itemsize for name in (k, v))
     return DecodeProblem(
         batch, rows, heads * group_size, heads, head_dim, q, k, v, (heads * group_size * head_dim * 2, head_dim * 2),
         (rows * k_row, k_row, k_row // heads), (rows * v_row, v_row, v_row // heads), soft_cap,
+        paging=paging,
     )  # fmt: skip
 
 
@@ -69,23 +74,27 @@ def _pairwise_decode(arch: int) -> list[DecodeSpec]:
         "head_dim": _HEAD_DIMS, "k": tuple(KV_FORMATS), "v": tuple(KV_FORMATS),
         "cta_shape": range(len(plan.specs(_problem("f16", "e4m3", "e4m3", 128, 1), arch))),
         "q": _Q_FORMATS, "column_tiles": tuple(_GROUPS), "soft_cap": (False, True),
-        "software_fp8": (False, True),
+        "software_fp8": (False, True), "layout": tuple(LAYOUTS),
     }  # fmt: skip
     hardware = arch >= _HARDWARE_FP8_ARCH
     found = []
     for index, row in enumerate(pairwise(factors)):
         groups = _GROUPS[row["column_tiles"]]
-        problem = _problem(row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"])
+        problem = _problem(
+            row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"], row["layout"]
+        )  # fmt: skip
         shapes = plan.specs(problem, arch)
         found.append(replace(shapes[row["cta_shape"] % len(shapes)], software_fp8=row["software_fp8"] and hardware))
     return found
 
 
 def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arch: int) -> list[DecodeSpec]:
-    """Every CTA shape of every combination."""
+    """Every CTA shape of every combination; over pages one, since all of them have the same registers."""
     found = []
     for (k, v), q, head_dim, groups in itertools.product(pairs, _Q_FORMATS, head_dims, _GROUPS.values()):
         found += plan.specs(_problem(q, k, v, head_dim, groups[-1]), arch)
+        if q == "f16":
+            found += plan.specs(_problem(q, k, v, head_dim, groups[-1], layout="paged"), arch)[:1]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..formats import KV_FORMATS, kv_format
+from ..layouts import LAYOUTS
 from ..positions import POSITION_MODES
 from . import sources
 
@@ -38,6 +39,7 @@ class DecodeSpec:
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
+    layout: str = "padded"
 
     entry = "decode"
 
@@ -115,10 +117,15 @@ class DecodeSpec:
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
         headers = [_header(name) for name in (self.q, self.k, self.v)]
-        headers += ["scale/head.cuh", "layout/padded.cuh", f"position/{position_header}.cuh", "schedule/uniform.cuh"]
+        headers += ["scale/head.cuh", f"layout/{self.layout}.cuh", f"position/{position_header}.cuh"]
+        headers += ["schedule/uniform.cuh"]
         roles = (("QFormat", self.q), ("KFormat", self.k), ("VFormat", self.v))
         lines = [f"using {role} = {KV_FORMATS[name].policy};" for role, name in roles]
-        lines += ["using Scale = HeadScale;", "using Layout = PaddedLayout;", f"using Position = {position};"]
+        lines += [
+            "using Scale = HeadScale;",
+            f"using Layout = {LAYOUTS[self.layout]};",
+            f"using Position = {position};",
+        ]
         lines += ["using Schedule = UniformSchedule;"]
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
@@ -130,10 +137,11 @@ class DecodeSpec:
     def __str__(self) -> str:
         flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))
         position = "" if self.position == "NONE" else f" {self.position}"
+        layout = "" if self.layout == "padded" else f" {self.layout}"
         ring = f" heads={self.heads} stages={self.stages}" if self.stages else ""
         return (
             f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
-            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{ring}{position}{flags}]"
+            f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{ring}{layout}{position}{flags}]"
         )
 
 

@@ -200,4 +200,10 @@ def test_covering_set(arch):
     assert {spec.head_dim for spec in decode} == set(range(16, 257, 16))
     assert {(spec.k, spec.v) for spec in decode} == {(k, v) for k in KV_FORMATS for v in KV_FORMATS}
     assert any(spec.software_fp8 for spec in decode) == (arch >= 89)
+    paged = [spec for spec in decode if spec.layout == "paged"]
+    assert {spec.head_dim for spec in paged} == set(range(16, 257, 16)) and {spec.q for spec in paged} == {
+        "f16",
+        "bf16",
+    }
+    assert {spec.k for spec in paged} == set(KV_FORMATS) == {spec.v for spec in paged}
     assert {spec.entry for spec in specs} == {"decode", "merge", "amax", "scales", "quantize", "dequantize"}

@@ -18,6 +18,7 @@ from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
 from cupy_fp8kv.jit import compiler, params, sources
 from cupy_fp8kv.jit.params import STRUCTS, TENSOR_MAP_BYTES, ParamBlock, divisors
 from cupy_fp8kv.jit.spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, PagesSpec, QuantizeSpec
+from cupy_fp8kv.layouts import LAYOUTS
 from cupy_fp8kv.plan import specs
 from cupy_fp8kv.problem import DecodeProblem
 
@@ -25,8 +26,8 @@ ROOT = Path(cupy_fp8kv.__file__).parent.parent
 SPEC = DecodeSpec("f16", "e4m3", "e5m2", 128, 1, 1, 16, 1)
 QUANTIZE = QuantizeSpec("quantize", "float32", "e4m3")
 SPECS = (
-    SPEC, MergeSpec("bf16"), QUANTIZE, MergeStatesSpec("float16"), AppendSpec("float16", "e5m2"),
-    PagesSpec("gather", 16),
+    SPEC, dataclasses.replace(SPEC, layout="paged"), MergeSpec("bf16"), QUANTIZE, MergeStatesSpec("float16"),
+    AppendSpec("float16", "e5m2"), PagesSpec("gather", 16),
 )  # fmt: skip
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS, ids=str)
 
@@ -107,6 +108,7 @@ def every_spec():
         found += specs(DecodeProblem(1, 1, group, 1, head_dim, q, k, v, (0, 0), (0,) * 3, (0,) * 3, soft_cap), 90)
     found = list(dict.fromkeys(found))  # a group of 12 may be two blocks of 8 columns
     found += [dataclasses.replace(spec, software_fp8=True) for spec in found[:100]]
+    found += [dataclasses.replace(spec, layout="paged") for spec in found if not spec.stages]
     found += [MergeSpec("f16"), MergeSpec("bf16")]
     found += [MergeStatesSpec(dtype) for dtype in ("float16", "bfloat16", "float32")]
     for values, stored, software in itertools.product(("", "float16", "float32"), KV_FORMATS, (False, True)):
@@ -151,6 +153,8 @@ def test_names_of_policies_exist():
         assert re.search(rf"struct {fmt.policy}\b", sources.FILES[f"kv_format/{fmt.name}.cuh"])
         if fmt.is_fp8:
             assert f"kMax = {fmt.max}f" in sources.FILES[f"kv_format/{fmt.name}.cuh"]
+    for name, policy in LAYOUTS.items():
+        assert re.search(rf"struct {policy}\b", sources.FILES[f"layout/{name}.cuh"])
 
 
 # Argument blocks
@@ -454,7 +458,7 @@ def test_kernels_name_no_policy():
     """ARCHITECTURE: formats, scale, layout, position and schedule reach decode.cu under their roles only."""
     text = without_comments(sources.FILES["decode.cu"])
     names = {fmt.policy for fmt in KV_FORMATS.values()} | {
-        "HeadScale", "PaddedLayout", "NoPosition", "UniformSchedule", "kv_format/", "scale/", "layout/", "position/",
+        "HeadScale", *LAYOUTS.values(), "NoPosition", "UniformSchedule", "kv_format/", "scale/", "layout/", "position/",
     }  # fmt: skip
     assert not {name for name in names if re.search(rf"\b{name}", text)}
 

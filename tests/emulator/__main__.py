@@ -6,7 +6,7 @@ from pathlib import Path
 
 import toolchain
 
-FILES = ("test_emulator.py", "test_emulator_ring.py", "test_emulator_bugs.py", "test_emulator_ptx.py")
+FILES = tuple(f"test_emulator{part}.py" for part in ("", "_ring", "_paged", "_bugs", "_ptx"))
 
 
 def main(arguments: list[str]) -> None:

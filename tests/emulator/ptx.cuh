@@ -21,6 +21,13 @@ DEVICE void load_once(u32* dst, const u8* src, CALL_SITE) {
     memcpy(dst, src, BYTES);
 }
 
+DEVICE u32 load_4(const void* src, CALL_SITE) {
+    emulator::check_read(src, 4, at);
+    u32 v;
+    memcpy(&v, src, 4);
+    return v;
+}
+
 DEVICE uint2 load_8(const void* src, CALL_SITE) {
     emulator::check_read(src, 8, at);
     uint2 v;
@@ -107,6 +114,7 @@ DEVICE u32 e5m2x2_from_floats(float lo, float hi) {
 // ---------------------------------------------------------------------------------------------- between threads
 DEVICE bool any(bool predicate, CALL_SITE) { return emulator::any(predicate, at); }
 DEVICE float shuffle(float x, int lane, CALL_SITE) { return bits_float(emulator::shuffle(float_bits(x), lane, at)); }
+DEVICE u32 shuffle(u32 x, int lane, CALL_SITE) { return emulator::shuffle(x, lane, at); }
 DEVICE float shuffle_xor(float x, int mask, CALL_SITE) {
     return shuffle(x, static_cast<int>(threadIdx.x % 32) ^ mask, at);
 }
