@@ -4,7 +4,7 @@ Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; ker
 """
 
 from .allocator import OutOfPagesError
-from .append import append_padded_kv_cache, append_paged_kv_cache
+from .append import append_padded_kv_cache, append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 from .cache import PagedKVCache
 from .counters import AppendCounters
 from .decode import (
@@ -44,6 +44,8 @@ __all__ = [
     "dequantize",
     "explain",
     "gather",
+    "get_batch_indices_positions",
+    "get_seq_lens",
     "merge_state",
     "merge_state_in_place",
     "merge_states",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import sys
 from typing import Any, overload
 
 import numpy as np
 
+from . import arrays
 from .append_tables import Padded, Paged, Tokens
 from .appending import Options, append
+from .formats import dtype_name
 
 
 @overload
@@ -194,3 +198,61 @@ def append_padded_kv_cache(
         append_key, append_value, (k_padded, v_padded), kv_layout, Tokens(indptr=append_indptr), Padded(kv_lens),
         Options(k_scale, v_scale, k_token_scales, v_token_scales, kv_format, counters, backend),
     )  # fmt: skip
+
+
+def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
+    """Rows of each request of a page table: int32 ``[batch]``, where the tables are, without waiting for them."""
+    tables = {"kv_indptr": kv_indptr, "kv_last_page_len": kv_last_page_len}
+    indptr, last = (_vector(table, name) for name, table in tables.items())
+    pages = indptr[1:] - indptr[:-1]
+    if pages.shape != last.shape:
+        raise ValueError(f"kv_last_page_len: expected shape {list(pages.shape)}, got {list(last.shape)}")
+    return ((pages - 1) * page_size + last) * (pages > 0)
+
+
+def get_batch_indices_positions(append_indptr: Any, seq_lens: Any, nnz: int) -> tuple[Any, Any]:
+    """The request of each appended token and its row there, for the second form of :func:`append_paged_kv_cache`.
+
+    Parameters
+    ----------
+    append_indptr : int32 ``[batch + 1]``, host or device.
+    seq_lens : int32 ``[batch]``: rows of each request after appending (:func:`get_seq_lens`).
+    nnz : tokens that the result is for. Those from ``append_indptr[-1]`` on belong to request -1 and are left out.
+
+    Returns
+    -------
+    batch_indices, positions : int32 ``[nnz]``, where the tables are, without waiting for them.
+    """
+    indptr, lens = _vector(append_indptr, "append_indptr"), _vector(seq_lens, "seq_lens")
+    batch = indptr.shape[0] - 1
+    if tuple(lens.shape) != (batch,):
+        raise ValueError(f"seq_lens: expected shape [batch] = [{batch}], got {list(lens.shape)}")
+    library = arrays.library_of(indptr, "append_indptr")
+    assert library is not None  # adopt() leaves no other
+    if library.name == "torch":
+        xp = sys.modules["torch"]
+        tokens = xp.arange(nnz, dtype=xp.int32, device=indptr.device)
+        requests = xp.searchsorted(indptr[1:].contiguous(), tokens, right=True, out_int32=True)
+    else:
+        xp = importlib.import_module("jax.numpy") if library.name == "jax" else sys.modules[library.name]
+        tokens = xp.arange(nnz, dtype="int32")
+        requests = xp.searchsorted(indptr[1:], tokens, side="right").astype("int32")
+    if not batch:
+        return requests - 1, tokens
+    known = requests.clip(None, batch - 1)
+    positions = tokens + lens[known] - indptr[1:][known]
+    outside = requests >= batch
+    return xp.where(outside, requests * 0 - 1, requests), xp.where(outside, tokens * 0, positions)
+
+
+def _vector(value: Any, argument: str) -> Any:
+    """A table of int32 with one axis: an array of any library, or integers."""
+    if isinstance(value, (list, tuple)):
+        value = np.asarray(value, np.int32)
+    value = arrays.adopt(value, argument)
+    name = dtype_name(value.dtype)
+    if name != "int32":
+        raise TypeError(f"{argument}: expected int32, got {name}")
+    if len(value.shape) != 1:
+        raise ValueError(f"{argument}: expected 1 axis, got shape {list(value.shape)}")
+    return value

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from appends import DTYPES, Case, build, pairwise_cases, random_case
 from emulator.checks import move
-from test_arrays import TO, Foreign, bits
+from test_arrays import TO, Foreign, bits, kind
 from test_errors import Bad, each
 
 import cupy_fp8kv
@@ -121,6 +121,40 @@ def test_both_forms_by_keyword():
         append_paged_kv_cache(x, x, [0, 1], caches[0], [1])
     with pytest.raises(TypeError, match=r"append_paged_kv_cache: got an unexpected keyword argument 'scale'"):
         append_paged_kv_cache(x, x, [0, 1], caches[0], *rest.values(), scale=1.0)
+
+
+@pytest.mark.parametrize("library", [*TO, "list"])
+def test_both_forms_write_the_same(library):
+    """The second form's arguments, computed from the first one's."""
+    place = TO.get(library, np.ndarray.tolist)
+    problem = build(Case(page_size=3, before=(0, 2, 6, 0, 5), new=(3, 0, 1, 0, 9)))
+    names = ("append_indptr", "kv_indptr", "kv_last_page_len")
+    indptr, pages, last = (place(problem.tables[name]) for name in names)
+    lens = cupy_fp8kv.get_seq_lens(pages, last, 3)
+    assert np.asarray(lens).tolist() == [3, 2, 7, 0, 14] and "int32" in str(lens.dtype)
+    requests, positions = cupy_fp8kv.get_batch_indices_positions(indptr, lens, 15)
+    assert np.asarray(requests).tolist() == [0, 0, 0, 2, *[4] * 9, -1, -1]
+    assert np.asarray(positions).tolist() == [0, 1, 2, 6, *range(5, 14), 0, 0]
+    assert kind(requests) == kind(positions) == ("numpy" if library == "list" else library)
+    assert "int32" in str(requests.dtype) and "int32" in str(positions.dtype)
+    keys = [np.concatenate([problem.given(name), np.ones((2, 2, 64), np.float16)])
+            for name in ("append_key", "append_value")]  # fmt: skip
+    rest = [problem.tables[name] for name in ("kv_indices", "kv_indptr", "kv_last_page_len")]
+    append_paged_kv_cache(*keys, np.asarray(requests), np.asarray(positions), problem.buffers["cache"], *rest)
+    assert bits(problem.buffers["cache"]) == problem.expected["cache"].tobytes()
+
+
+def test_errors_of_the_helpers():
+    for call, error, message in (
+        (lambda: cupy_fp8kv.get_seq_lens([0, 1], [1, 2], 4), ValueError, r"^kv_last_page_len: .*\[1\].*got \[2\]"),
+        (lambda: cupy_fp8kv.get_seq_lens(np.zeros((1, 2), np.int32), [1], 4), ValueError, r"^kv_indptr: .*1 axis"),
+        (lambda: cupy_fp8kv.get_seq_lens(np.zeros(2), [1], 4), TypeError, r"^kv_indptr: expected int32, got float64"),
+        (lambda: cupy_fp8kv.get_batch_indices_positions([0, 1], [1, 2], 1), ValueError, r"^seq_lens: .*= \[1\]"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    requests, positions = cupy_fp8kv.get_batch_indices_positions([0], [], 2)
+    assert requests.tolist() == [-1, -1] and positions.shape == (2,)
 
 
 # What is refused: named, and before anything is written
