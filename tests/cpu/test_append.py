@@ -2,18 +2,15 @@
 
 import dataclasses
 
-import emulator
 import numpy as np
 import pytest
 from appends import DTYPES, Case, build, pairwise_cases, random_case
-from emulator.checks import move
 from test_arrays import TO, Foreign, bits, kind
 from test_errors import Bad, each
 
 import cupy_fp8kv
 from cupy_fp8kv import AppendCounters, append_padded_kv_cache, append_paged_kv_cache, arrays
 from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
-from cupy_fp8kv.jit import spec as jit_spec
 
 CASES = pairwise_cases()
 RANDOM = [random_case(seed) for seed in range(40)]
@@ -309,86 +306,6 @@ def test_jax_is_not_written():
 def test_libraries_are_not_mixed():
     with pytest.raises(TypeError, match=r"^append_key: expected an array of numpy like the cache, got one of torch"):
         call(append_key=TO["torch"](key()), append_value=TO["torch"](key()))
-
-
-# The kernel's own text
-
-
-@pytest.mark.parametrize("case", [*CASES[::2], *RANDOM[::4]], ids=str)
-def test_kernel(emulate, case):
-    problem = build(case).to(move)
-    problem.call()
-    problem.check()
-
-
-@pytest.mark.parametrize("fmt", FP8_FORMATS)
-@pytest.mark.parametrize("software", [False, True], ids=["hardware", "integer"])
-def test_kernel_saturates_as_quantize_does(emulate, monkeypatch, fmt, software):
-    """All 65536 fp16 values."""
-    original = jit_spec.AppendSpec
-    monkeypatch.setattr("cupy_fp8kv.appending.AppendSpec", lambda *a: original(*a, software_fp8=software))
-    halves = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 1, 256)
-    cache = move(np.zeros((256, 2, 1, 1, 256), np.uint8))
-    tables = list(range(256)), list(range(257)), [1] * 256
-    append_paged_kv_cache(move(halves), move(halves), list(range(257)), cache, *tables, kv_format=fmt)
-    want = cupy_fp8kv.quantize(halves, fmt, 1.0)[0].view(np.uint8)
-    assert (np.asarray(cache)[:, 0, 0] == want).all() and (np.asarray(cache)[:, 1, 0] == want).all()
-
-
-@pytest.mark.parametrize("order", [0, 2])
-def test_kernel_in_any_order(emulate, monkeypatch, order):
-    monkeypatch.setattr(emulate, "seed", order)
-    problem = build(Case(values="bf16", scales="token", counters=True, num_kv_heads=3, tables="device")).to(move)
-    problem.call()
-    problem.check()
-
-
-def test_kernel_skips_what_device_tables_put_outside(emulate):
-    """Every way in which a table can be wrong: nothing is written anywhere, and the tokens are counted."""
-    int32 = lambda *values: move(np.array(values, np.int32))  # noqa: E731
-    before = np.full((3, 2, 4, 2, 16), 9, np.uint8)
-    x = move(np.ones((2, 2, 16), np.float16))
-    good = {"kv_indices": int32(2), "kv_indptr": int32(0, 1), "kv_last_page_len": int32(2)}
-    ranges = {"append_indptr": int32(0, 2)}
-    places = {"batch_indices": int32(0, 0), "positions": int32(0, 1)}
-    bad = [
-        ranges | {"kv_indices": int32(3)}, ranges | {"kv_indices": int32(-1)}, ranges | {"kv_last_page_len": int32(-9)},
-        ranges | {"kv_indptr": int32(1, 2)}, ranges | {"kv_indptr": int32(-1, 0)}, ranges | {"kv_indptr": int32(0, 0)},
-        ranges | {"kv_last_page_len": int32(9)}, {"append_indptr": int32(2, 4)}, {"append_indptr": int32(0, 0)},
-        places | {"batch_indices": int32(1, -1)}, places | {"positions": int32(-1, 4)},
-        places | {"positions": int32(2**31 - 1, -(2**31))},
-    ]  # fmt: skip
-    for changes in bad:
-        cache = move(before)
-        counters = AppendCounters(2, cache)
-        append_paged_kv_cache(append_key=x, append_value=x, paged_kv_cache=cache, counters=counters, **(good | changes))
-        assert (np.asarray(cache) == before).all() and counters.skipped.tolist() == [2], changes
-        assert not counters.amax.any()
-    padded = move(before[:, 0]), move(before[:, 1])
-    counters = AppendCounters(2, padded)
-    append_padded_kv_cache(move(np.ones((3, 2, 16), np.float16)), move(np.ones((3, 2, 16), np.float16)), None, *padded,
-                           int32(0, 5, 4), counters=counters)  # fmt: skip
-    assert counters.skipped.tolist() == [2] and (np.asarray(padded[0])[:2] == 9).all()
-    assert (np.asarray(padded[0])[2, 3] != 9).all() and (np.asarray(padded[0])[2, :3] == 9).all()
-
-
-def test_one_launch_for_both_sides_and_two_if_they_differ(emulate):
-    for v, launches in (("e4m3", 1), ("f16", 2)):
-        before = len(emulate.launches)
-        problem = build(Case(v=v, together=False, counters=True)).to(move)
-        problem.call()
-        problem.check()
-        assert len(emulate.launches) == before + launches
-
-
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
-def test_host_arrays_go_up_and_come_back(emulate, monkeypatch, case):
-    monkeypatch.setattr(arrays, "cupy_library", lambda: emulator.library)
-    problem = build(case)
-    before = len(emulate.launches)
-    problem.call(backend="cuda")
-    assert len(emulate.launches) > before
-    problem.check()
 
 
 def test_the_cases_reach_every_path():

@@ -2,18 +2,14 @@
 
 import itertools
 
-import emulator
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
-from emulator.checks import move
 from merges import DTYPES, check, merged, specials, states
 from test_arrays import LIBRARIES, TO, Foreign, bits, kind
 from test_errors import Bad, aligned, each
 
 import cupy_fp8kv
-from cupy_fp8kv import arrays
 from cupy_fp8kv.backends import reference
 from cupy_fp8kv.formats import KV_FORMATS
 
@@ -197,94 +193,6 @@ def test_jax_is_not_written():
 def test_libraries_are_not_mixed():
     with pytest.raises(TypeError, match=r"^s_b: expected an array of numpy like v_a, got one of torch"):
         call(s_b=TO["torch"](sums()))
-
-
-# The kernel's own text
-
-
-@BASES
-@EACH_DTYPE
-@EACH_SHAPE
-def test_kernel(emulate, shape, dtype, base):
-    v, s = states(shape, dtype)
-    got = merge_states(move(v), move(s), lse_base=base)
-    check(*got, *merged(v, s, base), dtype)
-
-
-def test_kernel_on_specials(emulate):
-    v, s = specials()
-    check(*merge_states(move(v), move(s)), *merged(v, s), "float32")
-    given = [move(np.ascontiguousarray(part)) for i in range(2) for part in (v[:, i], s[:, i])]
-    check(*merge_state(*given), *merged(v, s), "float32")
-
-
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_kernel_gives_the_same_bits_in_any_order(emulate, monkeypatch, order):
-    v, s = states((3, 50, 2, 64), "float16")
-    first = merge_states(move(v), move(s))
-    monkeypatch.setattr(emulate, "seed", order)
-    again = merge_states(move(v), move(s))
-    assert [bits(np.asarray(x)) for x in first] == [bits(np.asarray(x)) for x in again]
-
-
-@EACH_DTYPE
-def test_kernel_on_views(emulate, dtype):
-    """Strided v and s of both states; nothing around a result in place is written."""
-    v, s = states((5, 2, 3, 48), dtype)
-    wide_v, wide_s = np.full((2, 3, 7, 64), 7, v.dtype), np.full((2, 7, 5), 7, np.float32)
-    wide_v[:, :, 1:6, 16:] = v.transpose(1, 2, 0, 3)
-    wide_s[:, 1:6, :3] = s.transpose(1, 0, 2)
-    moved_v, moved_s = move(wide_v), move(wide_s)
-    a, b = (moved_v[i, :, 1:6, 16:].swapaxes(0, 1) for i in range(2))
-    x, y = (moved_s[i, 1:6, :3] for i in range(2))
-    want = merged(v, s)
-    check(*merge_state(a, x, b, y), *want, dtype)
-    assert bits(np.asarray(moved_v)) == bits(wide_v) and bits(np.asarray(moved_s)) == bits(wide_s)
-    merge_state_in_place(a, x, b, y)
-    check(a, x, *want, dtype)
-    a[...], x[...] = v[:, 0], s[:, 0]
-    assert bits(np.asarray(moved_v)) == bits(wide_v) and bits(np.asarray(moved_s)) == bits(wide_s)
-
-
-@pytest.mark.parametrize("device", [False, True], ids=["host mask", "device mask"])
-def test_kernel_leaves_masked_tokens_alone(emulate, device):
-    v, s = states((9, 2, 3, 64), "bfloat16")
-    chosen = np.tile(np.array([True, False, False]), 3)
-    mask = move(np.repeat(chosen, 2))[::2] if device else chosen
-    given = [move(np.ascontiguousarray(part)) for i in range(2) for part in (v[:, i], s[:, i])]
-    merge_state_in_place(*given, mask)
-    want_v, want_s = merged(v, s)
-    check(given[0][chosen], given[1][chosen], want_v[chosen], want_s[chosen], "bfloat16")
-    for got, before in zip(given, (v, s), strict=False):
-        assert bits(np.asarray(got)[~chosen]) == bits(before[~chosen, 0])
-
-
-def test_host_arrays_go_up_and_come_back(emulate, monkeypatch):
-    monkeypatch.setattr(arrays, "cupy_library", lambda: emulator.library)
-    v, s = states((5, 2, 3, 48), "float16")
-    parts = [np.ascontiguousarray(part) for i in range(2) for part in (v[:, i], s[:, i])]
-    before = len(emulate.launches)
-    for results in (merge_states(v, s, backend="cuda"), merge_state(*parts, backend="cuda")):
-        assert all(type(array) is np.ndarray for array in results)
-        check(*results, *merged(v, s), "float16")
-    merge_state_in_place(*parts, [True] * 4 + [False], backend="cuda")
-    want = merged(v, s)
-    check(parts[0][:4], parts[1][:4], want[0][:4], want[1][:4], "float16")
-    assert bits(parts[0][4]) == bits(v[4, 0]) and len(emulate.launches) == before + 3
-
-
-def test_merging_what_decode_gave(emulate):
-    """The shared prefix and the rest of two requests, each attended to by the decode kernel."""
-    rng = np.random.default_rng(0)
-    q = rng.standard_normal((2, 4, 64)).astype(np.float16)
-    k, v = (oracle.random_cache(rng, (2, 90, 2, 64), KV_FORMATS["e4m3"]) for _ in range(2))
-    decode = cupy_fp8kv.batch_decode_with_padded_kv_cache_return_lse
-    first = decode(move(q), move(k[:, :40].copy()), move(v[:, :40].copy()))
-    rest = decode(move(q), move(k[:, 40:].copy()), move(v[:, 40:].copy()))
-    out, lse = merge_state(*first, *rest)
-    want = decode(q, k, v, backend="numpy")
-    np.testing.assert_allclose(np.asarray(out).astype(float), want[0].astype(float), atol=2e-3)
-    np.testing.assert_allclose(np.asarray(lse), want[1], atol=1e-4)
 
 
 def test_bfloat16_is_ml_dtypes():

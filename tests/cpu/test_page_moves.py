@@ -1,16 +1,14 @@
 """Copying pages and gathering them: NumPy, every library and the kernels' text against definitions row by row."""
 
-import emulator
 import numpy as np
 import pytest
-from emulator.checks import move
 from moves import CASES, Case, build
 from test_append import read_only, to_host
 from test_arrays import TO, bits, kind
 from test_errors import Bad, each
 
 import cupy_fp8kv
-from cupy_fp8kv import arrays, copy_pages, gather
+from cupy_fp8kv import copy_pages, gather
 
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -81,77 +79,6 @@ def test_gathered_is_what_decode_reads():
     assert np.isfinite(out).all() and not out[0].any() and out[1:].any()
 
 
-# The kernels' own text
-
-
-@EACH_CASE
-@pytest.mark.parametrize("tables", ["host", "device"])
-def test_kernels(emulate, case, tables):
-    pool = build(case).to(move)
-    place = move if tables == "device" else lambda table: table
-    named = tuple(map(place, (pool.indptr, pool.indices, pool.last)))
-    check_gather(pool, named, max(case.lens, default=0) + 3)
-    check_copy(pool, *map(place, pairs(case)))
-
-
-@pytest.mark.parametrize("case", [Case(), Case(layout="HND", view="wide"), Case("f16", "u8", together=False)], ids=str)
-def test_no_row_is_read_that_nobody_has(emulate, case):
-    pool = build(case).to(move)
-    masks = []
-    for name in ("k", "v"):
-        readable = np.zeros(pool.parts[name].shape, bool)
-        for b, kv_len in enumerate(case.lens):
-            for row in range(kv_len):
-                readable[pool.indices[pool.indptr[b] + row // case.page_size], row % case.page_size] = True
-        masks.append(readable if case.layout == "NHD" else readable.swapaxes(1, 2))
-    if case.together:
-        mask = np.zeros(np.asarray(pool.buffers["cache"]).shape, bool)
-        pool.views["cache"](mask)[...] = np.stack(masks, axis=1)
-        watched = [(np.asarray(pool.buffers["cache"]), mask)]
-    else:
-        watched = [(np.asarray(pool.buffers[name]), mask) for name, mask in zip("kv", masks, strict=True)]
-    with emulate.watching(*watched):
-        check_gather(pool, (pool.indptr, pool.indices, pool.last), 55)
-
-
-def test_kernels_leave_out_pages_that_are_not_there(emulate):
-    pool = build(Case()).to(move)
-    before = host_bits(pool.buffers["cache"])
-    int32 = lambda *values: move(np.array(values, np.int32))  # noqa: E731
-    copy_pages(pool.cache, int32(0, -1, 23, 1), int32(23, 2, 3, -5))
-    assert host_bits(pool.buffers["cache"]) == before
-    tables = (int32(0, 1, 1), int32(99), int32(16, 0)), (int32(0, 1, 1), int32(-1), int32(16, 0)), (
-        int32(-1, 0, 0), int32(1), int32(16, 16)), (int32(0, 1, 1), int32(3), int32(-4, 0))  # fmt: skip
-    for given in tables:
-        k, v = gather(pool.cache, *given, max_kv_len=20)
-        assert k.shape == (2, 20, 2, 64) and not np.asarray(k).any() and not np.asarray(v).any()
-    k, _ = gather(pool.cache, int32(0, 1), int32(3), int32(99), max_kv_len=20)
-    assert (np.asarray(k)[0, :16] == pool.parts["k"][3]).all() and not np.asarray(k)[0, 16:].any()
-    k, _ = gather(pool.cache, int32(0, 2), int32(3, 4), int32(16), max_kv_len=20)
-    assert (np.asarray(k)[0, 16:] == pool.parts["k"][4][:4]).all(), "longer requests are cut"
-
-
-def test_sides_of_one_size_share_a_launch(emulate):
-    for v, together, launches in (("u8", True, 2), ("f16", False, 4)):
-        pool = build(Case(v=v, together=together)).to(move)
-        before = len(emulate.launches)
-        check_gather(pool, (pool.indptr, pool.indices, pool.last))
-        check_copy(pool, *pairs(pool.case))
-        assert len(emulate.launches) == before + launches
-
-
-@pytest.mark.parametrize("case", [Case(scales="k"), Case("e5m2", "e5m2", layout="HND"), Case("f16", "e5m2",
-                         together=False)], ids=str)  # fmt: skip
-def test_host_arrays_go_up_and_come_back(emulate, monkeypatch, case):
-    monkeypatch.setattr(arrays, "cupy_library", lambda: emulator.library)
-    pool = build(case)
-    before = len(emulate.launches)
-    got = check_gather(pool, (pool.indptr, pool.indices, pool.last), backend="cuda")
-    assert all(type(array) is np.ndarray for array in got if array is not None)
-    check_copy(pool, *pairs(case), backend="cuda")
-    assert len(emulate.launches) > before + 1
-
-
 # What is refused
 
 
@@ -199,9 +126,3 @@ def test_errors_of_copy_pages(bad):
 })  # fmt: skip
 def test_errors_of_gather(bad):
     bad.check(call_gather)
-
-
-def test_the_length_of_device_tables_must_be_given(emulate):
-    pool = build(Case()).to(move)
-    with pytest.raises(ValueError, match=r"^max_kv_len: expected a number, because the host does not know"):
-        gather(pool.cache, *map(move, (pool.indptr, pool.indices, pool.last)))

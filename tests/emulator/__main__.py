@@ -6,7 +6,7 @@ from pathlib import Path
 
 import toolchain
 
-FILES = tuple(f"test_emulator{part}.py" for part in ("", "_ring", "_paged", "_bugs", "_ptx"))
+FILES = tuple(f"test_emulator{part}.py" for part in ("", "_ring", "_paged", "_cache", "_bugs", "_ptx"))
 
 
 def main(arguments: list[str]) -> None:
