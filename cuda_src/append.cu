@@ -2,7 +2,8 @@
 //
 // A padded cache is a paged one in which request b has the one page b. A row is one head of one token; `lanes`
 // neighbouring threads write it. K and V are two sides of one launch, of which CTAs take turns. The specialisation
-// defines Writer (row_writer.cuh) and kStoredMax, the largest finite value of the cache's format.
+// defines Writer (row_writer.cuh), kStoredMax, the largest finite value of the cache's format, and kLargestRounded, the
+// largest float that rounds to it.
 #include "base/divide.cuh"
 #include "params.cuh"
 #include "scale/amax.cuh"
@@ -122,7 +123,7 @@ struct Seen {
   private:
     DEVICE void count(float x) {
         const u32 magnitude = ptx::float_bits(x) & 0x7fffffffu;
-        saturated += magnitude > ptx::float_bits(kStoredMax) && magnitude <= 0x7f800000u;
+        saturated += magnitude > ptx::float_bits(kLargestRounded) && magnitude <= 0x7f800000u;
         nan += magnitude > 0x7f800000u;
     }
     DEVICE void flush() {

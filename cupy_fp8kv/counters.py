@@ -22,8 +22,8 @@ class AppendCounters:
 
     Attributes
     ----------
-    saturated : int64 ``[2]``, of K and V: values whose magnitude, divided by the scale, was beyond the largest finite
-        value of the cache's format; infinities are among them.
+    saturated : int64 ``[2]``, of K and V: values that, divided by the scale, were beyond what rounds to the largest
+        finite value of the cache's format; infinities are among them. (A 16-bit cache holds infinity for them.)
     nan : int64 ``[2]``, of K and V: values stored as NaN.
     skipped : int64 ``[1]``: tokens that were not written, because a table on the device put them outside the cache.
     amax : float32 ``[2, num_kv_heads]``, of K and V: the largest finite magnitude, before any scale.

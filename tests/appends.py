@@ -271,7 +271,9 @@ def _values(case: Case, rng: np.random.Generator, fmt: KVFormat, shape: tuple[in
     x = np.where(np.abs(x) < 1e-3, 0.5, x).astype(np.float32)
     if case.specials and x.size:
         flat = x.reshape(-1)
-        for special in (np.nan, np.inf, -np.inf, 500.0, -60000.0, 3e38, 0.0, -0.0):
+        # Among them what just rounds to the largest value of a format, and what does not.
+        ends = (464.0, -464.00003, 61439.996, 61440.0, 65519.996, 65520.0)
+        for special in (np.nan, np.inf, -np.inf, 500.0, -60000.0, 3e38, 0.0, -0.0, *ends):
             flat[rng.integers(0, flat.size, 2)] = special
         x[0, 0] = 0.0
     with np.errstate(over="ignore"):
@@ -303,8 +305,10 @@ def _write(
     with np.errstate(all="ignore"):
         y = x.astype(np.float32) / scale
         magnitude = np.abs(x.astype(np.float32))
+        # ml_dtypes does not saturate: what does not fit becomes NaN or infinite.
+        fits = np.isfinite(y.astype(fmt.dtype).astype(np.float32))
     problem.nan[at] += int(np.isnan(y).sum())
-    problem.saturated[at] += int((np.abs(y) > fmt.max).sum())
+    problem.saturated[at] += int((~np.isnan(y) & ~fits).sum())
     problem.amax[at, head] = max(problem.amax[at, head], magnitude[np.isfinite(magnitude)].max(initial=0))
 
 

@@ -32,8 +32,9 @@ def places(requests: Array, positions: Array, pages: Sequence[Array], page_size:
 
 
 class Written(NamedTuple):
-    """``saturated``: values beyond the largest finite one of the cache's format, infinities included; ``nan``: values
-    stored as NaN; ``amax``: the largest finite magnitude of each head, before any scale, float32 ``[H]``."""
+    """``saturated``: values beyond what rounds to the largest finite one of the cache's format, infinities included;
+    ``nan``: values stored as NaN; ``amax``: the largest finite magnitude of each head, unscaled, float32 ``[H]``.
+    """
 
     saturated: int
     nan: int
@@ -62,7 +63,7 @@ def write_rows(
             cache.view(np.uint8)[page, slot] = encode(stored, fmt)
         else:
             cache[page, slot] = stored.astype(fmt.dtype)
-        return Written(int((np.abs(stored) > fmt.max).sum()), int(np.isnan(stored).sum()), amax)
+        return Written(int((np.abs(stored) > fmt.largest_rounded).sum()), int(np.isnan(stored).sum()), amax)
 
 
 def copy_rows(cache: Array, x: Array, page: Array, slot: Array) -> None:

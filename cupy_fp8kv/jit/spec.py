@@ -225,6 +225,7 @@ class AppendSpec:
             headers += [header, _header(fmt.name)]
             writer = f"Convert<{policy}, {fmt.policy}>"
         lines = [f"using Writer = {writer};", f"constexpr float kStoredMax = {fmt.max!r}f;"]
+        lines += [f"constexpr float kLargestRounded = {fmt.largest_rounded!r}f;"]
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "append.cu")
 
     def __str__(self) -> str:
