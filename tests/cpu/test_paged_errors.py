@@ -31,6 +31,10 @@ def pool(*shape, dtype=np.uint8):
     return np.zeros(shape or (PAGES, PAGE, HKV, D), dtype)
 
 
+#: One row in the place of 2^30 a page.
+LONG_PAGES = np.broadcast_to(pool(1, 1, HKV, D), (PAGES, 2**30, HKV, D))
+
+
 def call(**arguments):
     good = {"q": np.ones((B, HQ, D), F16), "k_cache": pool(), "v_cache": pool(), "backend": "numpy"}
     if not {"block_tables", "kv_lens"} & set(arguments):
@@ -76,8 +80,7 @@ def test_the_good_calls_are_good():
                             last_page_len=None),
     "nothing": Bad(TypeError, r"^page table: ", "got nothing", indptr=None, indices=None, last_page_len=None),
     "too many rows": Bad(ValueError, r"^indptr: ", "at most 2130706432 rows", "for request 0",
-                         indptr=int32([0, 4, 4, 5]), k_cache=np.broadcast_to(pool(1, 1, HKV, D), (PAGES, 2**30, HKV, D)),
-                         v_cache=np.broadcast_to(pool(1, 1, HKV, D), (PAGES, 2**30, HKV, D))),
+                         indptr=int32([0, 4, 4, 5]), k_cache=LONG_PAGES, v_cache=LONG_PAGES),
 })  # fmt: skip
 def test_tables(bad):
     bad.check(call)
@@ -128,7 +131,8 @@ def test_entries_that_nobody_uses_may_be_anything():
     "layout": Bad(ValueError, r"^kv_layout: ", kv_layout="DNH"),
     "q dtype": Bad(TypeError, r"^q: ", "got float32", q=np.ones((B, HQ, D), np.float32)),
     "cache dtype": Bad(TypeError, r"^k_cache: ", "got float32", k_cache=pool(dtype=np.float32)),
-    "last axis": Bad(ValueError, r"^v_cache: ", "contiguous last axis", v_cache=pool(PAGES, PAGE, HKV, 2 * D)[..., ::2]),
+    "last axis": Bad(ValueError, r"^v_cache: ", "contiguous last axis",
+                     v_cache=pool(PAGES, PAGE, HKV, 2 * D)[..., ::2]),
     "kv_format": Bad(ValueError, "kv_format", kv_format="fp4"),
     "mode": Bad(NotImplementedError, "pos_encoding_mode", pos_encoding_mode="ROPE_LLAMA"),
     "soft cap": Bad(ValueError, "logits_soft_cap", "got -1", logits_soft_cap=-1.0),
