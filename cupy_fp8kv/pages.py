@@ -150,7 +150,8 @@ def read_table(value: Any, argument: str, ndim: int) -> Table:
         raise TypeError(f"{argument}: expected int32, got {facts.dtype}")
     size, step = facts.shape[-1], facts.strides[-1]
     rows_apart = facts.strides[0] if ndim == 2 and facts.shape[0] > 1 else 0
-    if (size > 1 and step != 4) or not 0 <= rows_apart < 2**33:
+    # Entries are counted in 32 bits.
+    if (size > 1 and step != 4) or not 0 <= rows_apart * (facts.shape[0] if ndim == 2 else 1) + 4 * size < 2**33:
         raise ValueError(
             f"{argument}: expected a contiguous last axis, got shape {list(facts.shape)} with strides "
             f"{list(facts.strides)} in bytes"
