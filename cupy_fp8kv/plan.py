@@ -49,7 +49,7 @@ class Plan:
 #: Query heads that one CTA can take: two tiles of eight columns.
 MAX_COLUMNS = 16
 #: Fragment registers with which 16 warps fit the registers of an SM without a spill; DecodeSpec.ahead knows for 8.
-_FRAGMENTS_OF_16_WARPS = {"padded": 108, "paged": 104}
+_FRAGMENTS_OF_16_WARPS = {"padded": 108, "paged": 106}
 #: A warp's tile of K and V is doubled until it has this many bytes: 16 or 8 warps then keep 40 to 64 KB in flight.
 _MIN_TILE_BYTES = {16: 2560, 8: 5120}
 #: A last wave that fills less than this of its slots is avoided by splitting.

@@ -75,7 +75,7 @@ class DecodeSpec:
         # Measured with NVRTC 12.9 over sm_80 to sm_120. K of two bytes is not converted, so it stays in its registers
         # until the products are done: asking for more of it right after them spills early. Rows that are looked up take
         # a few registers.
-        return 190 if self.layout == "padded" else 186, 222 if KV_FORMATS[self.k].is_fp8 else 0, 232
+        return 190 if self.layout == "padded" else 180, 222 if KV_FORMATS[self.k].is_fp8 else 0, 232
 
     @property
     def tile_rows(self) -> int:
