@@ -307,7 +307,7 @@ def test_a_decode_kernel_compiles_without_spills(nvrtc, arch):
 @pytest.mark.parametrize("software", [False, True])
 def test_every_kind_of_kernel_compiles(nvrtc, spec, software):
     if software:
-        if isinstance(spec, MergeSpec):
+        if isinstance(spec, (MergeSpec, CheckTablesSpec)):
             return
         spec = dataclasses.replace(spec, software_fp8=True)
     report = compiler.compile_offline(spec, 90)
