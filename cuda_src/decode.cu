@@ -168,7 +168,10 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
                 places.find(next, step);
                 keys.load(places.of_k(k_rows, next), range, next, lane);
             }
-            if (kAhead == 0 && !kHasRing) values.load(places.of_v(v_rows, row), range, row, lane);
+            if (kAhead == 0 && !kHasRing) {
+                values.load(places.of_v(v_rows, row), range, row, lane);
+                if (more) places.find(next, step);
+            }
         }
         to_logits(scores, queries, p, scale, row, first_head, kv_len, range, lane);
         columns.update(scores);
@@ -198,7 +201,6 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
         if (kAhead == 0 && !kHasRing && more) {
             // The compiler would make addresses while V is still in the registers, and spill.
             if constexpr (Layout::kLooksUp) ptx::sync_warp();
-            places.find(next, step);
             keys.load(places.of_k(k_rows, next), range, next, lane);
         }
     }

@@ -228,6 +228,18 @@ struct GatherParams {
     Divisor words;
 };
 
+// Page tables, as in DecodeParams.
+struct CheckTablesParams {
+    u32* found;              // [B], zeros: what is wrong with each request
+    const int* kv_lens;      // [B]
+    const int* page_indptr;  // [B + 1], or null
+    const int* page_indices; // [entries], or [B, entries]
+    int block_table_stride;
+    int entries;
+    int page_size;
+    int num_pages;
+};
+
 struct ReadParams {
     const u8* k;             // k_bytes of anything, at a multiple of 16 bytes
     const u8* v;

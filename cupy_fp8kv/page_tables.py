@@ -67,7 +67,9 @@ class PageTables:
         if found is None:
             lens, indptr, pages = (table and place_table(table, name, library, device) for name, table in self._all)
             assert lens and pages
-            found = self._placed[library.name, device] = replace(self, lens=lens, indptr=indptr, pages=pages)
+            there = lens is self.lens and indptr is self.indptr and pages is self.pages
+            found = self if there else replace(self, lens=lens, indptr=indptr, pages=pages)
+            self._placed[library.name, device] = found
         return found
 
     def snapshot(self) -> PageTables:

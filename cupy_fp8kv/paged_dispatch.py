@@ -10,6 +10,7 @@ import numpy as np
 from . import arrays, scales
 from .arrays import HOST, Library
 from .backends import paged_reference
+from .backends.table_check import validate
 from .dispatch import (
     Prepared,
     as_key,
@@ -22,7 +23,6 @@ from .dispatch import (
     to_caller,
 )
 from .formats import KV_FORMATS
-from .jit.device import refuse_capture
 from .layouts import check_kv_layout
 from .outputs import read_out
 from .page_tables import PageTables
@@ -91,12 +91,7 @@ def decode_paged(
     sm_scale = prepared.default_scale if sm_scale is None else scales.number(sm_scale, "sm_scale")
     paging = prepared.problem.paging
     assert paging is not None
-    if options.validate:
-        if prepared.cuda and prepared.device != HOST:
-            refuse_capture(library.stream(prepared.device), "validate", "False")
-        tables.downloaded().check_pages(paging.num_pages)
-    else:
-        tables.check_pages(paging.num_pages)
+    tables.check_pages(paging.num_pages)
     if not prepared.cuda or prepared.device == HOST:
         return _decode_from_host(
             library, prepared, q, cache, tables, options, window_left, soft_cap, sm_scale
@@ -104,6 +99,8 @@ def decode_paged(
     if workspace is not None:
         workspace.check(prepared.workspace, prepared.problem, library, prepared.device)
     placed = tables.placed(library, prepared.device)
+    if options.validate:
+        validate(placed, library, prepared.device, paging.num_pages)
     return run_on_device(
         library, prepared, q, (q_address, k_address, v_address + prepared.v_offset, out_address), placed.addresses,
         options.q_scale, options.k_scale, options.v_scale, window_left, soft_cap, sm_scale, options.return_lse, out,

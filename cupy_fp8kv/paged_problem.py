@@ -76,7 +76,7 @@ def bind_paged(
     """
     if q.dtype not in Q_DTYPES:
         raise TypeError(f"q: expected {' or '.join(Q_DTYPES)}, got {q.dtype}")
-    k_format, v_format = formats_of(k, v, requested_format)
+    k_format, v_format = formats_of(k, v, requested_format, names)
     sizes = SizeBinder()
     sizes.bind(batch[1], (batch[0],), ("batch",))
     sizes.bind("q", q.shape, ("batch", "num_qo_heads", "head_dim"))

@@ -41,7 +41,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
     paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer : int32 arrays on the device for
         ``use_cuda_graph``: ``[batch + 1]``, ``[most pages of all requests]``, ``[batch]``. The batch size is theirs.
     backend : ``"cuda"`` or ``"numpy"`` to force one, as in :func:`batch_decode_with_padded_kv_cache`.
-    validate : check page tables on a device too, in ``plan`` and in every ``run``, each of which then waits for it.
+    validate : check page tables on a device too, in every ``run``, which then waits for it.
 
     ``plan`` comes before ``run``. It reads page tables only where they are on the host, and never waits for the device;
     how long requests are decides nothing but speed.
@@ -132,8 +132,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if sm_scale is not None:
             sm_scale = scales.number(sm_scale, "sm_scale")
         tables = read_page_tables(planned.page_size, indptr, indices, last_page_len, block_tables, kv_lens)
-        if self._validate:
-            tables.downloaded()
         made = _Plan(tables, planned, pos_encoding_mode, window_left, cap, sm_scale)
         if self._buffers is not None:
             made = replace(made, tables=in_buffers(tables, self._buffers))

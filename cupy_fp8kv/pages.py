@@ -12,6 +12,7 @@ Every array of these may be on the host, where it is checked and uploaded, or on
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -139,23 +140,35 @@ def read_table(value: Any, argument: str, ndim: int) -> Table:
     library = arrays.library_of(value, argument)
     assert library is not None  # adopt() leaves no other
     address, signature = arrays.read(library, value, argument)
+    shape, device, stride = _table_geometry(library, signature, argument, ndim)
+    if device == HOST:
+        return _host_table(library.to_numpy(value), argument)
+    return Table(shape, None, library, device, address, stride, value)
+
+
+@functools.lru_cache(4096)
+def _table_geometry(
+    library: Library, signature: Signature, argument: str, ndim: int
+) -> tuple[tuple[int, ...], int, int]:
+    """Shape, device, and entries from one row to the next."""
     facts = library.facts(signature)
     if len(facts.shape) != ndim:
         raise ValueError(
             f"{argument}: expected {ndim} {'axis' if ndim == 1 else 'axes'}, got shape {list(facts.shape)}"
         )
     if facts.device == HOST:
-        return _host_table(library.to_numpy(value), argument)
+        return facts.shape, HOST, 0
     if facts.dtype != "int32":
         raise TypeError(f"{argument}: expected int32, got {facts.dtype}")
     size, step = facts.shape[-1], facts.strides[-1]
     rows_apart = facts.strides[0] if ndim == 2 and facts.shape[0] > 1 else 0
-    if (size > 1 and step != 4) or not 0 <= rows_apart < 2**33:
+    # Entries are counted in 32 bits.
+    if (size > 1 and step != 4) or not 0 <= rows_apart * (facts.shape[0] if ndim == 2 else 1) + 4 * size < 2**33:
         raise ValueError(
             f"{argument}: expected a contiguous last axis, got shape {list(facts.shape)} with strides "
             f"{list(facts.strides)} in bytes"
         )
-    return Table(facts.shape, None, library, facts.device, address, rows_apart // 4, value)
+    return facts.shape, facts.device, rows_apart // 4
 
 
 def _host_table(values: np.ndarray, argument: str) -> Table:

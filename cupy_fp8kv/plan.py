@@ -48,8 +48,9 @@ class Plan:
 
 #: Query heads that one CTA can take: two tiles of eight columns.
 MAX_COLUMNS = 16
-#: Fragment registers with which 16 warps fit the registers of an SM without a spill; DecodeSpec.ahead knows for 8.
-_FRAGMENTS_OF_16_WARPS = 108
+#: Fragment registers with which 16 warps fit the registers of an SM without a spill, by the bytes of an element of K;
+#: DecodeSpec.ahead knows for 8.
+_FRAGMENTS_OF_16_WARPS = {"padded": {1: 108, 2: 108}, "paged": {1: 106, 2: 104}}
 #: A warp's tile of K and V is doubled until it has this many bytes: 16 or 8 warps then keep 40 to 64 KB in flight.
 _MIN_TILE_BYTES = {16: 2560, 8: 5120}
 #: A last wave that fills less than this of its slots is avoided by splitting.
@@ -90,6 +91,7 @@ def split_rows(begin: int, end: int, splits: int, warps: int, tile_rows: int) ->
 
 def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
     """The kernel with as many warps as fit an SM, and how many CTAs share the query heads of one cache head."""
+    most_of_16 = _FRAGMENTS_OF_16_WARPS[problem.layout][KV_FORMATS[problem.k_format].itemsize]
     for most_tiles in (MAX_COLUMNS // 8, 1):
         blocks = math.ceil(problem.group_size / (8 * most_tiles))
         column_tiles = math.ceil(math.ceil(problem.group_size / blocks) / 8)
@@ -100,7 +102,7 @@ def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
                     column_tiles=column_tiles, subtiles=subtiles, warps=warps, ctas_per_sm=1,
                     soft_cap=problem.soft_cap, position=problem.position, layout=problem.layout,
                 )  # fmt: skip
-                fits_16 = spec.fragment_registers[2] <= _FRAGMENTS_OF_16_WARPS
+                fits_16 = spec.fragment_registers[2] <= most_of_16
                 if fits_16 if warps == 16 else spec.ahead == 2 or (spec.ahead >= 0 and subtiles == 1):
                     return spec, blocks
     raise AssertionError(f"no tile fits {problem}")

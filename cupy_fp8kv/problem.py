@@ -176,13 +176,13 @@ def check_address(argument: str, address: int) -> None:
         )
 
 
-def formats_of(k: Facts, v: Facts, requested: object) -> tuple[str, str]:
+def formats_of(k: Facts, v: Facts, requested: object, arguments: tuple[str, str] = ("k", "v")) -> tuple[str, str]:
     """The formats of K and V: what ``kv_format`` says of uint8 codes, otherwise what the dtypes carry."""
     pair = requested if isinstance(requested, (tuple, list)) else (requested, requested)
     if len(pair) != 2:
         raise ValueError(f"kv_format: expected one format or a pair (K, V), got {requested!r}")
     names = []
-    for argument, facts, wanted in (("k", k, pair[0]), ("v", v, pair[1])):
+    for argument, facts, wanted in zip(arguments, (k, v), pair, strict=True):
         carried = format_of_dtype(facts.dtype, argument)
         if wanted is not None:
             asked = kv_format(wanted)

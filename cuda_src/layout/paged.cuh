@@ -59,14 +59,15 @@ struct PagedLayout {
       public:
         DEVICE Places(const DecodeParams& p, int request, const RowRange& range, const Lane& lane)
             : p_(p), range_(range), lane_(lane.index() % kRows),
-              table_(p.page_indices + (p.page_indptr ? p.page_indptr[request]
-                                                     : static_cast<i64>(request) * p.block_table_stride)) {}
+              first_entry_(p.page_indptr ? p.page_indptr[request] : request * p.block_table_stride) {}
 
         // Asks for the entries of the tile from `row` on. The range is not empty.
         DEVICE void ask(int row) {
 #pragma unroll
-            for (int i = 0; i < kParts; i++)
-                pages_[i] = static_cast<int>(ptx::load_4(table_ + p_.page_size.quotient(known_row(row, i))));
+            for (int i = 0; i < kParts; i++) {
+                const int entry = first_entry_ + p_.page_size.quotient(known_row(row, i));
+                pages_[i] = static_cast<int>(ptx::load_4(p_.page_indices + entry));
+            }
         }
 
         // Finds the rows of the tile from `row` on, whose entries were asked for last, and asks for those of the tile
@@ -97,7 +98,7 @@ struct PagedLayout {
         const DecodeParams& p_;
         const RowRange& range_;
         int lane_;
-        const int* table_;
+        int first_entry_;  // of the request; 32 bits, like all numbers of entries
         int pages_[kParts];
         u32 k_units_[kParts];
         u32 v_units_[kParts];

@@ -11,7 +11,7 @@ from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..layouts import LAYOUTS
 from ..problem import MAX_HEAD_DIM, DecodeProblem, Paging
-from .spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, PagesSpec, QuantizeSpec, Spec
+from .spec import AppendSpec, CheckTablesSpec, DecodeSpec, MergeSpec, MergeStatesSpec, PagesSpec, QuantizeSpec, Spec
 
 _Q_FORMATS = ("f16", "bf16")
 _HEAD_DIMS = tuple(range(16, MAX_HEAD_DIM + 1, 16))
@@ -101,7 +101,7 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
 def _others() -> list[Spec]:
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
     return [
-        *(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize),
+        CheckTablesSpec(), *(MergeSpec(q) for q in _Q_FORMATS), *(QuantizeSpec(*chosen) for chosen in quantize),
         *(MergeStatesSpec(dtype) for dtype in _VALUE_DTYPES),
         *(PagesSpec(entry, word) for entry in ("copy_pages", "gather") for word in PAGE_WORDS),
         *(AppendSpec(dtype, stored) for dtype in ("", *_VALUE_DTYPES) for stored in KV_FORMATS),

@@ -73,8 +73,12 @@ class DecodeSpec:
     @property
     def _most_registers(self) -> tuple[int, int, int]:
         # Measured with NVRTC 12.9 over sm_80 to sm_120. K of two bytes is not converted, so it stays in its registers
-        # until the products are done: asking for more of it right after them spills early.
-        return 190, 222 if KV_FORMATS[self.k].is_fp8 else 0, 232
+        # until the products are done: asking for more of it right after them spills early. Rows that are looked up take
+        # a few registers, and more where V is wide.
+        k_is_fp8, v_is_fp8 = (KV_FORMATS[name].is_fp8 for name in (self.k, self.v))
+        if self.layout == "padded":
+            return 190, 222 if k_is_fp8 else 0, 232
+        return 180, (222 if v_is_fp8 else 210) if k_is_fp8 else 0, 232
 
     @property
     def tile_rows(self) -> int:
@@ -250,7 +254,22 @@ class PagesSpec:
         return f"{self.entry}[word={self.word_bytes}]"
 
 
-Spec = DecodeSpec | MergeSpec | QuantizeSpec | MergeStatesSpec | AppendSpec | PagesSpec
+@dataclass(frozen=True)
+class CheckTablesSpec:
+    """The compiled ``cuda_src/check_tables.cu``."""
+
+    entry = "check_tables"
+    threads = 128
+    shared_bytes = 0
+
+    def source(self) -> str:
+        return sources.render(str(self), [], [], "check_tables.cu")
+
+    def __str__(self) -> str:
+        return "check_tables[]"
+
+
+Spec = DecodeSpec | MergeSpec | QuantizeSpec | MergeStatesSpec | AppendSpec | PagesSpec | CheckTablesSpec
 
 
 def _value_policy(dtype: str) -> tuple[str, str]:

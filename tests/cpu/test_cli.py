@@ -206,4 +206,6 @@ def test_covering_set(arch):
         "bf16",
     }
     assert {spec.k for spec in paged} == set(KV_FORMATS) == {spec.v for spec in paged}
-    assert {spec.entry for spec in specs} == {"decode", "merge", "amax", "scales", "quantize", "dequantize"}
+    assert {spec.entry for spec in specs} == {
+        "decode", "merge", "amax", "scales", "quantize", "dequantize", "check_tables",
+    }  # fmt: skip

@@ -281,7 +281,7 @@ BUGS = [
     Bug("the entries of this tile again", (PLAIN,), PAGED, "ask(row + step);", "ask(row);", check_long),
     Bug("rows of another lane", (PLAIN,), PAGED, "ptx::shuffle(known, in_tile % 32)",
         "ptx::shuffle(known, in_tile % 16)", check_long),
-    Bug("pages of another request", (PLAIN,), PAGED, "static_cast<i64>(request) * p.block_table_stride", "0",
+    Bug("pages of another request", (PLAIN,), PAGED, "request * p.block_table_stride", "0",
         check_blocks),
     Bug("V where K is", (PLAIN,), PAGED, "p.v + head * p.v_stride_head", "p.k + head * p.v_stride_head",
         check_windowed),

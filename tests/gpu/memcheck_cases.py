@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 from cases import Case, build
 from gpu_support import cp, to_cupy, to_host
+from paged_cases import build_paged, paged
 
 import cupy_fp8kv
 from cupy_fp8kv import dispatch
@@ -22,6 +23,15 @@ CASES = [
     Case(head_dim=64, group=8, kv_len=4000, window_left=2999, given_out=True, view="padded"),
     Case(head_dim=240, group=33, num_kv_heads=3, batch=2, kv_len=47, view="transposed", k="bf16"),
     Case(head_dim=48, group=3, kv_len=0, batch=2),
+]
+
+
+PAGED_CASES = [
+    paged(16, group=4, num_kv_heads=2, batch=3, kv_len=77, lens=(77, 0, 16)),
+    paged(1, "pair", "blocks", group=3, num_kv_heads=2, batch=2, kv_len=40, lens=(40, 17), layout="HND"),
+    paged(5, head_dim=32, group=7, batch=2, kv_len=600, lens=(600, 1), window_left=100),
+    paged(64, head_dim=256, group=12, batch=1, kv_len=2000, lens=(1999,), k="f16", v="f16", view="padded"),
+    paged(3, "pair", head_dim=64, group=5, batch=2, kv_len=70, lens=(70, 69), k="bf16", v="e5m2", view="transposed"),
 ]
 
 
@@ -47,6 +57,11 @@ def main():
         for software in (False, True) if case.head_dim in (128, 80) else (False,):
             check(case, software)
             done += 1
+    for case in PAGED_CASES:
+        arrays = build_paged(case)
+        out, lse = arrays.to(to_cupy).call()
+        arrays.check(to_host(out), to_host(lse))
+        done += 1
     values = np.random.default_rng(0).standard_normal((3, 7, 5, 48), np.float32)
     for dtype in (np.float16, np.float32):
         for granularity in ("tensor", "head", "token"):
