@@ -88,6 +88,7 @@ struct MergeStatesParams {
     const u8* v_other;       // [N, S - 1, H, D]
     const float* s_other;    // [N, S - 1, H]
     const u8* mask;          // [N]: tokens with 0 are left as they are; or null
+    i64 mask_stride;
     // What a kind of call fixes.
     i64 out_stride_row;
     i64 out_stride_head;
@@ -103,7 +104,6 @@ struct MergeStatesParams {
     i64 s_other_stride_row;
     i64 s_other_stride_state;
     i64 s_other_stride_head;
-    i64 mask_stride;
     float s_unit;            // 1 for base 2, log2(e) for base e
     float lse_unit;          // 1 for base 2, ln 2 for base e
     int rows;                // N * H

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 import sys
 from typing import Any, overload
 
 import numpy as np
 
 from . import arrays
+from .append_checks import Options
 from .append_tables import Padded, Paged, Tokens
-from .appending import Options, append
+from .appending import append
 from .formats import dtype_name
 
 
@@ -89,10 +88,12 @@ def append_paged_kv_cache(*arguments: Any, **named: Any) -> None:
     """
     form = _with_positions if _has_positions(arguments, named) else _with_indptr
     try:
-        bound = _signature(form).bind(*arguments, **named)
+        form(*arguments, **named)
     except TypeError as error:
-        raise TypeError(f"append_paged_kv_cache: {error}") from None
-    form(*bound.args, **bound.kwargs)
+        # Arguments that are not those of the form: said by Python about the call above, not from inside it.
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise
+        raise TypeError(str(error).replace(form.__name__, "append_paged_kv_cache")) from None
 
 
 def _has_positions(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
@@ -104,11 +105,6 @@ def _has_positions(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
     if isinstance(fourth, (list, tuple)):
         return all(isinstance(x, (int, np.integer)) for x in fourth)
     return len(getattr(fourth, "shape", ())) == 1
-
-
-@functools.cache
-def _signature(form: Any) -> inspect.Signature:
-    return inspect.signature(form)
 
 
 def _with_indptr(

@@ -1,71 +1,39 @@
-"""The way of one append: arguments checked and bound, then written by NumPy or by ``append.cu``."""
+"""The way of one append: checked, then written by NumPy or by ``append.cu``.
+
+The first call of a kind (same types, shapes, strides, options) on a device is checked as a whole; later ones read
+addresses, look at page tables and launch.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from . import arrays, scales
+from .append_checks import Count, Options, Side, check_scales, check_tokens
 from .append_tables import AppendTables, Padded, Paged, Tokens
 from .arrays import HOST
 from .backends import reference_cache as reference
 from .backends.cuda_append import PreparedAppend, side_strides
 from .counters import AppendCounters
-from .formats import Q_DTYPES, KVFormat
-from .jit.spec import AppendSpec
-from .operands import Kinds, Operand, read_operands, runs_on_cuda, store
-from .problem import SizeBinder, check_address, check_rows
+from .operands import Kinds, Operand, runs_on_cuda, store
 from .stored_cache import StoredCache
 
-_FLOATS = (*Q_DTYPES, "float32")
-_CODES = ("uint8", "float8_e4m3fn", "float8_e5m2")
-#: Tokens times heads of an append.
-MAX_ROWS = 2**31 - 2**24
-_prepared: Kinds[PreparedAppend] = Kinds()
-
-
-class Options(NamedTuple):
-    """What both public operations take by keyword."""
-
-    k_scale: Any = None
-    v_scale: Any = None
-    k_token_scales: Any = None
-    v_token_scales: Any = None
-    kv_format: Any = None
-    counters: AppendCounters | None = None
-    backend: str | None = None
-
 
 @dataclass(frozen=True)
-class _Side:
-    """K or V: what comes in, and how it is written."""
+class _Kind:
+    """What the first call of a kind on a device found out. ``there`` has no arrays: they come with each call."""
 
-    name: str  # "k" or "v"
-    operand: Operand
-    fmt: KVFormat
-    copies: bool
-    scale: Any
-    token_scales: Operand | None
-
-    @property
-    def spec(self) -> AppendSpec:
-        return AppendSpec("" if self.copies else self.operand.facts.dtype, self.fmt.name)
+    there: StoredCache
+    count: Count
+    tokens_each: int
+    prepared: PreparedAppend
+    apart: int  # bytes from K to V in one array, or 0
 
 
-@dataclass(frozen=True)
-class _Count:
-    """Tokens, on one axis or on two (requests, and tokens of each), and strides (outer, inner, head) of K and V."""
-
-    outer: int
-    inner: int
-    strides: list[tuple[int, int, int]]
-
-    @property
-    def tokens(self) -> int:
-        return self.outer * self.inner
+_kinds: Kinds[_Kind] = Kinds(4096)
 
 
 def append(
@@ -78,123 +46,139 @@ def append(
     options: Options,
 ) -> None:
     """Write tokens into a cache. Everything is checked before anything is written."""
-    there = StoredCache.of(cache, kv_layout, options.kv_format, padded=isinstance(table, Padded))
-    runs_on_cuda(options.backend, there.device)
-    equally = isinstance(table, Padded) and tokens.indptr is None
-    sides, count = check_tokens(append_key, append_value, there, options, equally)
-    write_tokens(there, sides, count, tokens, table, options)
+    padded = isinstance(table, Padded)
+    equally = padded and tokens.indptr is None
+    checked(append_key, append_value, cache, kv_layout, options, padded, equally).write(tokens, table)
 
 
-def write_tokens(
-    there: StoredCache,
-    sides: list[_Side],
-    count: _Count,
-    tokens: Tokens,
-    table: Paged | Padded,
+def checked(
+    append_key: Any,
+    append_value: Any,
+    cache: Any,
+    kv_layout: str,
     options: Options,
-) -> None:
-    """The rest of :func:`append`, for what :func:`check_tokens` has checked."""
+    padded: bool = False,
+    equally: bool = False,
+) -> OnDevice | OnHost:
+    """An append of which only the tables are missing. TypeError or ValueError for what does not fit."""
+    key, addresses = _read(append_key, append_value, cache, kv_layout, options, padded, equally)
+    kind = _kinds.find(key)
+    if kind is not None and not any(address % 16 for address in addresses[:4]):
+        check_scales(options)
+        return OnDevice(kind, addresses, options)
+    there = StoredCache.of(cache, kv_layout, options.kv_format, padded=padded)
     cuda = runs_on_cuda(options.backend, there.device)
-    equally = isinstance(table, Padded) and tokens.indptr is None
-    on_host = not cuda or there.device == HOST
-    tables = AppendTables.of(tokens, table, count.tokens, count.inner if equally else 0, there, download=on_host)
-    if not count.tokens or not there.sizes.num_kv_heads:
-        return
-    if not cuda:
-        _append_in_numpy(there, sides, count, tables, options.counters)
-    elif there.device == HOST:
-        _append_uploaded(there, sides, tokens, table, options)
-    else:
-        _launch(there, sides, count, tables, options.counters)
+    sides, count = check_tokens(append_key, append_value, there, options, equally)
+    if not cuda or there.device == HOST or not count.tokens or not there.sizes.num_kv_heads:
+        return OnHost(there, sides, count, count.inner if equally else 0, cuda, options)
+    kind = _prepare(there, sides, count, equally)
+    _kinds.keep(key, kind)
+    beside = (side.token_scales.address if side.token_scales else 0 for side in sides)
+    parts = there.parts[0].address, there.parts[-1].address
+    return OnDevice(kind, (*(side.operand.address for side in sides), *parts, *beside), options)
 
 
-# Checks
+def _read(
+    append_key: Any, append_value: Any, cache: Any, kv_layout: str, options: Options, padded: bool, equally: bool
+) -> tuple[Any, tuple[int, ...]]:
+    """What tells kinds of calls apart (None if that is for the checks to say), and addresses: of keys, values, the
+    cache's first and last array, and the scales beside it."""
+    parts = cache if isinstance(cache, (tuple, list)) else (cache,)
+    given = (append_key, append_value, *parts, options.k_token_scales, options.v_token_scales)
+    kind = type(append_key)
+    try:
+        library = arrays.library_of(append_key, "append_key")
+        if library is None or any(type(array) is not kind and array is not None for array in given):
+            return None, ()
+        read = [(0, None) if array is None else library.read(array) for array in given]
+        counters = options.counters
+        counted = counters and (counters.library, counters.device, counters.num_kv_heads)
+        scaled = options.k_scale is None, options.v_scale is None
+        formats = tuple(options.kv_format) if isinstance(options.kv_format, list) else options.kv_format
+        key = (
+            library, len(parts), tuple(signature for _, signature in read), kv_layout, formats, scaled, counted,
+            options.backend, padded, equally,
+        )  # fmt: skip
+        hash(key)
+    except (TypeError, ValueError, AttributeError):
+        return None, ()
+    addresses = [address for address, _ in read]
+    return key, (*addresses[:3], addresses[1 + len(parts)], *addresses[-2:])
 
 
-def check_tokens(
-    append_key: Any, append_value: Any, cache: StoredCache, options: Options, equally: bool = False
-) -> tuple[list[_Side], _Count]:
-    """Everything about keys and values and the options; TypeError or ValueError for what does not fit the cache."""
-    library, operands = read_operands(append_key=append_key, append_value=append_value)
-    cache.check_place(library, operands[0])
-    sides = _sides(operands, cache, options)
-    count = _count(operands, cache, equally)
-    _check_counters(options.counters, cache, sides)
-    return sides, count
+def _prepare(there: StoredCache, sides: list[Side], count: Count, equally: bool) -> _Kind:
+    sizes = there.sizes
+    tokens_each = count.inner if equally else 0
+    fixed = {
+        "num_tokens": count.tokens, "num_kv_heads": sizes.num_kv_heads, "head_dim": sizes.head_dim,
+        "page_size": sizes.page_size, "num_pages": sizes.num_pages, "inner": count.inner, "tokens_each": tokens_each,
+    }  # fmt: skip
+    strides: dict[str, int] = {}
+    for side, values, rows in zip(sides, count.strides, (sizes.k_strides, sizes.v_strides), strict=True):
+        strides |= side_strides(side.name, values, rows, there.beside_strides(side.token_scales))
+    prepared = PreparedAppend((sides[0].spec, sides[1].spec), fixed, strides, there.device)
+    apart = there.addresses[1] - there.parts[-1].address
+    return _Kind(replace(there, array=None, parts=()), count, tokens_each, prepared, apart)
 
 
-def _sides(operands: list[Operand], cache: StoredCache, options: Options) -> list[_Side]:
-    found = []
-    for name, operand, fmt in zip(("k", "v"), operands, cache.formats, strict=True):
-        scale, beside = getattr(options, f"{name}_scale"), getattr(options, f"{name}_token_scales")
-        token_scales = cache.beside(beside, f"{name}_token_scales")
-        dtype = operand.facts.dtype
-        codes = fmt.is_fp8 and dtype in ("uint8", fmt.dtype.name)
-        if dtype not in _FLOATS and not codes:
-            raise TypeError(
-                f"{operand.argument}: expected {', '.join(_FLOATS)}{f' or {fmt} codes' * fmt.is_fp8} for a cache of "
-                f"{fmt}, got {dtype}"
-            )
-        given = scale is not None or token_scales is not None
-        if codes and given:
-            which = f"{name}_scale" if scale is not None else f"{name}_token_scales"
-            raise ValueError(f"{which}: expected None, because {operand.argument} holds codes already, got a scale")
-        if scale is not None and token_scales is not None:
-            raise ValueError(f"{name}_scale: expected None beside {name}_token_scales, which are computed")
-        if token_scales is not None and not fmt.is_fp8:
-            raise ValueError(f"{name}_token_scales: expected None for a cache of {fmt}; scales of rows are for FP8")
-        if scales.is_number(scale) and not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"{name}_scale: expected a positive, finite number, got {scale}")
-        same = dtype == fmt.dtype.name and not given and options.counters is None
-        found.append(_Side(name, operand, fmt, codes or same, scale, token_scales))
-    return found
+@dataclass(frozen=True)
+class OnDevice:
+    """``addresses``: of keys, values, the cache's first and last array, and scales of rows."""
+
+    kind: _Kind
+    addresses: tuple[int, ...]
+    options: Options
+
+    @property
+    def num_tokens(self) -> int:
+        return self.kind.count.tokens
+
+    def write(self, tokens: Tokens, table: Paged | Padded) -> None:
+        """Launch on the caller's current stream."""
+        kind, options = self.kind, self.options
+        there = kind.there
+        library, device, heads = there.library, there.device, there.sizes.num_kv_heads
+        tables = AppendTables.of(tokens, table, kind.count.tokens, kind.tokens_each, there, download=False)
+        placed = tables.placed(library, device)
+        k_scale = scales.device_scale(options.k_scale, "k_scale", heads, library, device, "the cache")
+        v_scale = scales.device_scale(options.v_scale, "v_scale", heads, library, device, "the cache")
+        counts, amax = options.counters.addresses() if options.counters else (0, 0)
+        k, v, k_cache, v_cache, *beside = self.addresses
+        kind.prepared.run(
+            library, k, v, k_cache, v_cache + kind.apart, *beside, k_scale.address, v_scale.address,
+            k_scale.known, v_scale.known, k_scale.stride, v_scale.stride,
+            *(table.address if table else 0 for table in placed), counts, amax, tables.batch, tables.num_indices,
+        )  # fmt: skip
 
 
-def _count(operands: list[Operand], cache: StoredCache, equally: bool) -> _Count:
-    sizes, binder = cache.sizes, SizeBinder()
-    binder.bind(cache.argument, (sizes.num_kv_heads, sizes.head_dim), ("num_kv_heads", "head_dim"))
-    lead: tuple[str, ...] = ("nnz",)
-    if equally:
-        binder.bind(cache.argument, (sizes.num_pages,), ("batch",))
-        lead = ("batch", "n") if len(operands[0].facts.shape) == 4 else ("batch",)
-    strides = []
-    for operand in operands:
-        binder.bind(operand.argument, operand.facts.shape, (*lead, "num_kv_heads", "head_dim"))
-        check_rows(operand.argument, operand.facts, arrays.numpy_dtype(operand.facts.dtype).itemsize)
-        if operand.facts.device != HOST:
-            check_address(operand.argument, operand.address)
-        steps = operand.strides
-        strides.append((steps[0], steps[1] if len(lead) == 2 else 0, steps[-2]))
-    count = _Count(binder[lead[0]], binder["n"] if len(lead) == 2 else 1, strides)
-    if count.tokens * sizes.num_kv_heads > MAX_ROWS:
-        raise ValueError(f"append_key: expected at most {MAX_ROWS} tokens times heads, got {count.tokens} tokens")
-    return count
+@dataclass(frozen=True)
+class OnHost:
+    """An append by NumPy, one of host arrays that the GPU is asked for, or one of no tokens."""
 
+    there: StoredCache
+    sides: list[Side]
+    count: Count
+    tokens_each: int
+    cuda: bool
+    options: Options
 
-def _check_counters(counters: Any, cache: StoredCache, sides: list[_Side]) -> None:
-    if counters is None:
-        return
-    if not isinstance(counters, AppendCounters):
-        raise TypeError(f"counters: expected AppendCounters, got {type(counters).__name__}")
-    if counters.library is not cache.library or counters.device != cache.device:
-        raise ValueError(
-            f"counters: expected arrays of {cache.library.name} on {arrays.device_name(cache.device)} like the cache, "
-            f"got ones of {counters.library.name} on {arrays.device_name(counters.device)}"
-        )
-    if counters.num_kv_heads != cache.sizes.num_kv_heads:
-        raise ValueError(
-            f"counters: expected counters for {cache.sizes.num_kv_heads} heads, got ones for {counters.num_kv_heads}"
-        )
-    for side in sides:
-        if side.copies:
-            raise ValueError(f"counters: expected None, because {side.operand.argument} holds codes already")
+    @property
+    def num_tokens(self) -> int:
+        return self.count.tokens
 
-
-# Writing
+    def write(self, tokens: Tokens, table: Paged | Padded) -> None:
+        on_host = not self.cuda or self.there.device == HOST
+        tables = AppendTables.of(tokens, table, self.count.tokens, self.tokens_each, self.there, download=on_host)
+        if not self.count.tokens or not self.there.sizes.num_kv_heads:
+            return
+        if self.cuda:
+            _append_uploaded(self.there, self.sides, tokens, table, self.options)
+        else:
+            _append_in_numpy(self.there, self.sides, self.count, tables, self.options.counters)
 
 
 def _append_in_numpy(
-    cache: StoredCache, sides: list[_Side], count: _Count, tables: AppendTables, counters: AppendCounters | None
+    cache: StoredCache, sides: list[Side], count: Count, tables: AppendTables, counters: AppendCounters | None
 ) -> None:
     requests, positions = tables.assigned()
     assert tables.pages is not None
@@ -223,7 +207,7 @@ def _append_in_numpy(
 
 
 def _append_uploaded(
-    cache: StoredCache, sides: list[_Side], tokens: Tokens, table: Paged | Padded, options: Options
+    cache: StoredCache, sides: list[Side], tokens: Tokens, table: Paged | Padded, options: Options
 ) -> None:
     """Host arrays that the GPU is asked for: all go up, and what was written comes back."""
     gpu = arrays.cupy_library()
@@ -248,34 +232,3 @@ def _append_uploaded(
     if counters is not None and options.counters is not None:
         counts = gpu.to_numpy(counters.counts).tolist()
         options.counters.add(counts[:2], counts[2:4], gpu.to_numpy(counters.amax))
-
-
-def _launch(
-    cache: StoredCache, sides: list[_Side], count: _Count, tables: AppendTables, counters: AppendCounters | None
-) -> None:
-    library, device, sizes = cache.library, cache.device, cache.sizes
-    placed = tables.placed(library, device)
-    k_scale, v_scale = (
-        scales.device_scale(side.scale, f"{side.name}_scale", sizes.num_kv_heads, library, device, "the cache")
-        for side in sides
-    )
-    fixed = {
-        "num_tokens": count.tokens, "num_kv_heads": sizes.num_kv_heads, "head_dim": sizes.head_dim,
-        "page_size": sizes.page_size, "num_pages": sizes.num_pages, "inner": count.inner,
-        "tokens_each": tables.tokens_each,
-    }  # fmt: skip
-    strides: dict[str, int] = {}
-    for side, values, rows in zip(sides, count.strides, (sizes.k_strides, sizes.v_strides), strict=True):
-        beside = cache.beside_strides(side.token_scales)
-        strides |= side_strides(side.name, values, rows, beside)
-    specs = sides[0].spec, sides[1].spec
-    prepared = _prepared.get(
-        (device, specs, *fixed.values(), *strides.values()), lambda: PreparedAppend(specs, fixed, strides, device)
-    )
-    counts, amax = counters.addresses() if counters else (0, 0)
-    prepared.run(
-        library, *(side.operand.address for side in sides), *cache.addresses,
-        *(side.token_scales.address if side.token_scales else 0 for side in sides),
-        k_scale.address, v_scale.address, k_scale.known, v_scale.known, k_scale.stride, v_scale.stride,
-        *(table.address if table else 0 for table in placed), counts, amax, tables.batch, tables.num_indices,
-    )  # fmt: skip

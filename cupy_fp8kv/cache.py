@@ -10,8 +10,9 @@ import numpy as np
 
 from . import arrays
 from .allocator import OutOfPagesError, PageAllocator
+from .append_checks import Options
 from .append_tables import Paged, Tokens
-from .appending import Options, check_tokens, write_tokens
+from .appending import checked
 from .arrays import HOST
 from .cache_storage import Storage, send
 from .counters import AppendCounters
@@ -20,7 +21,6 @@ from .formats import dtype_name
 from .page_moves import copy_pages, gather
 from .paged import batch_decode_with_paged_kv_cache
 from .quantize import dequantize
-from .stored_cache import StoredCache
 
 __all__ = ["OutOfPagesError", "PagedKVCache"]
 
@@ -165,18 +165,18 @@ class PagedKVCache:
         scales = {**storage.scales_of(self._layer(layer)), **storage.token_scales_of(layer)}
         options = Options(**scales, kv_format=storage.format_names, counters=counters)
         # Before the allocator changes anything.
-        there = StoredCache.of(storage.layer(layer), storage.kv_layout, storage.format_names)
-        sides, count = check_tokens(k, v, there, options)
-        wanted = self._counts(requests if several else [requests], counts if several else [count.tokens], count.tokens)
+        call = checked(k, v, storage.layer(layer), storage.kv_layout, options)
+        total = call.num_tokens
+        wanted = self._counts(requests if several else [requests], counts if several else [total], total)
         pairs = self._allocator.extend(layer, wanted)
         if pairs:
             self._copy(pairs)
-        if not count.tokens:
+        if not total:
             return
         names, lens = [request for request, _ in wanted], [n for _, n in wanted]
         indptr, indices, last, _ = self._page_tables(layer, tuple(names))
         starts = self._sent(("starts", *lens), lambda: np.cumsum([0, *lens]))
-        write_tokens(there, sides, count, Tokens(starts), Paged(indptr, indices, last), options)
+        call.write(Tokens(starts), Paged(indptr, indices, last))
 
     def decode(self, layer: int, q: Any, requests: Sequence[Hashable] | None = None, **options: Any) -> Any:
         """Attention of one query token for each request over its tokens in a layer.

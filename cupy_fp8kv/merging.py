@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,6 @@ MAX_HEAD_DIM = 1024
 #: Tokens times heads.
 MAX_ROWS = 2**31 - 2**24
 _DTYPES = (*Q_DTYPES, "float32")
-_prepared: Kinds[PreparedMerge] = Kinds()
 
 
 def merge_state(
@@ -51,8 +50,7 @@ def merge_state(
     ValueError, TypeError
         For shapes, types, devices and options that do not fit, naming the argument.
     """
-    library, operands = read_operands(v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b)
-    return _merge_two(library, operands, None, lse_base, backend, in_place=False)
+    return _merge({"v_a": v_a, "s_a": s_a, "v_b": v_b, "s_b": s_b}, lse_base, backend)
 
 
 def merge_state_in_place(
@@ -66,10 +64,7 @@ def merge_state_in_place(
         written and raise TypeError.
     mask : bool (or uint8) ``[n]``, host or device: where it is False the token is left as it is. None: all are merged.
     """
-    library, operands = read_operands(v=v, s=s, v_other=v_other, s_other=s_other)
-    for operand in operands[:2]:
-        check_writable(library, operand)
-    _merge_two(library, operands, mask, lse_base, backend, in_place=True)
+    _merge({"v": v, "s": s, "v_other": v_other, "s_other": s_other}, lse_base, backend, mask, in_place=True)
 
 
 def merge_states(v: Any, s: Any, *, lse_base: str = "2", backend: str | None = None) -> tuple[Any, Any]:
@@ -84,60 +79,82 @@ def merge_states(v: Any, s: Any, *, lse_base: str = "2", backend: str | None = N
     -------
     v ``[n, num_heads, head_dim]`` and s ``[n, num_heads]``. Without any states v is 0 and s is -inf.
     """
-    library, operands = read_operands(v=v, s=s)
-    sizes = _check(operands, ("n", "num_states", "num_heads"), lse_base)
-    if not runs_on_cuda(backend, operands[0].facts.device):
-        values, sums = (library.to_numpy(operand.array) for operand in operands)
-        return _returned(library, operands, *reference.merge_states(values, sums, lse_base))
-    if operands[0].facts.device == HOST:
-        gpu = arrays.cupy_library()
-        merged = merge_states(*_uploaded(library, operands), lse_base=lse_base)
-        return _downloaded(library, gpu, merged)
-    given_v, given_s = operands
-    v_strides, s_strides = given_v.strides[:-1], _elements(given_s)
-    # The first state, and the others behind it.
-    second_v, second_s = given_v.address + v_strides[1], given_s.address + 4 * s_strides[1]
-    return _launch(
-        library, sizes, operands, (v_strides[0], v_strides[2]), (s_strides[0], s_strides[2]), v_strides, s_strides,
-        (given_v.address, given_s.address, second_v, second_s), lse_base,
-    )  # fmt: skip
+    return _merge({"v": v, "s": s}, lse_base, backend)
 
 
-def _merge_two(
-    library: Library, operands: list[Operand], mask: Any, lse_base: str, backend: str | None, *, in_place: bool
+class _Kind(NamedTuple):
+    """What the first call of a kind on a device found out."""
+
+    library: Library
+    device: int
+    prepared: PreparedMerge
+    shape: tuple[int, int, int]  # of the result
+    dtype: str
+    second: tuple[int, int] | None  # bytes from the first to the second state in arrays that hold all of them
+
+
+_kinds: Kinds[_Kind] = Kinds()
+
+
+def _merge(
+    given: dict[str, Any], lse_base: str, backend: str | None, mask: Any = None, *, in_place: bool = False
 ) -> tuple[Any, Any]:
-    sizes = _check(operands, ("n", "num_heads"), lse_base)
+    """``given``: v and s of all states, or of the first and of the other one."""
+    key, addresses = _read(tuple(given.values()), lse_base, backend, in_place)
+    kind = _kinds.find(key)
+    if kind is not None and not any(address % 16 for address in addresses[::2]):
+        return _launch(kind, tuple(given.values())[:2], addresses, mask, in_place)
+    library, operands = read_operands(**given)
+    for operand in operands[: 2 * in_place]:
+        check_writable(library, operand)
+    sizes = _check(operands, lse_base)
     device = operands[0].facts.device
-    cuda = runs_on_cuda(backend, device)
-    mask, mask_address, mask_stride = _read_mask(mask, sizes["n"], library, device if cuda else HOST)
-    if cuda and device != HOST:
-        v_a, s_a, v_b, s_b = operands
-        (b_token, b_head), (s_token, s_head) = v_b.strides[:-1], _elements(s_b)
-        return _launch(
-            library, sizes, operands, v_a.strides[:-1], _elements(s_a), (b_token, 0, b_head), (s_token, 0, s_head),
-            tuple(operand.address for operand in operands), lse_base, mask_address, mask_stride, in_place,
-        )  # fmt: skip
-    if cuda:
+    if runs_on_cuda(backend, device) and device != HOST:
+        kind = _prepare(library, operands, sizes, lse_base, in_place)
+        _kinds.keep(key, kind)
+        arrays_given = operands[0].array, operands[1].array
+        return _launch(kind, arrays_given, tuple(operand.address for operand in operands), mask, in_place)
+    mask, _, _ = _read_mask(mask, sizes["n"], library, HOST)
+    values = [library.to_numpy(operand.array) for operand in operands]
+    if device == HOST and backend == "cuda":
         gpu = arrays.cupy_library()
-        merged = [gpu.to_numpy(array) for array in merge_state(*_uploaded(library, operands), lse_base=lse_base)]
+        moved = [gpu.from_numpy(array, 0) for array in values]
+        merged = merge_state(*moved, lse_base=lse_base) if len(moved) == 4 else merge_states(*moved, lse_base=lse_base)
+        v, s = (gpu.to_numpy(array) for array in merged)
     else:
-        first_v, first_s, other_v, other_s = (library.to_numpy(operand.array) for operand in operands)
-        v, s = np.stack([first_v, other_v], axis=1), np.stack([first_s, other_s], axis=1)
-        merged = list(reference.merge_states(v, s, lse_base))
-    if not in_place:
-        return _returned(library, operands, *merged)
-    for operand, values in zip(operands[:2], merged, strict=True):
-        before = library.to_numpy(operand.array)
+        if len(values) == 4:
+            values = [np.stack(pair, axis=1) for pair in (values[::2], values[1::2])]
+        v, s = reference.merge_states(values[0], values[1], lse_base)
         with np.errstate(over="ignore"):
-            values = values.astype(before.dtype)
+            v = v.astype(arrays.numpy_dtype(operands[0].facts.dtype))
+    if not in_place:
+        return library.from_numpy(v, device), library.from_numpy(s, device)
+    for operand, result in zip(operands[:2], (v, s), strict=True):
         if mask is not None:
-            values = np.where(mask.reshape(-1, *[1] * (values.ndim - 1)), values, before)
-        store(library, operand, values)
+            chosen = mask.reshape(-1, *[1] * (result.ndim - 1))
+            result = np.where(chosen, result, library.to_numpy(operand.array))
+        store(library, operand, result)
     return operands[0].array, operands[1].array
 
 
-def _check(operands: list[Operand], axes: tuple[str, ...], lse_base: str) -> SizeBinder:
+def _read(given: tuple[Any, ...], lse_base: str, backend: Any, in_place: bool) -> tuple[Any, tuple[int, ...]]:
+    """What tells kinds of calls apart (None if that is for the checks to say), and the addresses."""
+    kind = type(given[0])
+    try:
+        library = arrays.library_of(given[0], "")
+        if library is None or any(type(array) is not kind for array in given):
+            return None, ()
+        read = [library.read(array) for array in given]
+        key = library, tuple(signature for _, signature in read), lse_base, backend, in_place
+        hash(key)
+    except (TypeError, ValueError):
+        return None, ()
+    return key, tuple(address for address, _ in read)
+
+
+def _check(operands: list[Operand], lse_base: str) -> SizeBinder:
     """Bind the sizes of v, s and of the other v, s. TypeError or ValueError for what does not fit."""
+    axes = ("n", "num_heads") if len(operands) == 4 else ("n", "num_states", "num_heads")
     if not isinstance(lse_base, str) or lse_base not in ("2", "e"):
         raise ValueError(f"lse_base: expected '2' or 'e', got {lse_base!r}")
     sizes = SizeBinder()
@@ -197,49 +214,39 @@ def _elements(s: Operand) -> tuple[int, ...]:
     return tuple(step // 4 for step in s.strides)
 
 
-def _launch(
-    library: Library,
-    sizes: SizeBinder,
-    operands: list[Operand],
-    v: tuple[int, ...],
-    s: tuple[int, ...],
-    v_other: tuple[int, ...],
-    s_other: tuple[int, ...],
-    addresses: tuple[int, ...],
-    lse_base: str,
-    mask_address: int = 0,
-    mask_stride: int = 0,
-    in_place: bool = False,
-) -> tuple[Any, Any]:
-    first, device = operands[0], operands[0].facts.device
+def _prepare(library: Library, operands: list[Operand], sizes: SizeBinder, lse_base: str, in_place: bool) -> _Kind:
+    v, s = operands[0].strides[:-1], _elements(operands[1])
+    second: tuple[int, int] | None = None
+    if len(operands) == 4:
+        (token, head), (s_token, s_head) = operands[2].strides[:-1], _elements(operands[3])
+        v_other, s_other, states = (token, 0, head), (s_token, 0, s_head), 2
+    else:
+        # The first state, and the others behind it.
+        second = v[1], 4 * s[1]
+        v_other, s_other, states = (v[0], v[1], v[2]), (s[0], s[1], s[2]), sizes["num_states"]
+        v, s = (v[0], v[2]), (s[0], s[2])
     n, heads, head_dim = sizes["n"], sizes["num_heads"], sizes["head_dim"]
-    states = 2 if len(operands) > 2 else sizes["num_states"]
-    row = head_dim * arrays.numpy_dtype(first.facts.dtype).itemsize
+    dtype, device = operands[0].facts.dtype, operands[0].facts.device
+    row = head_dim * arrays.numpy_dtype(dtype).itemsize
+    out, lse = ((v[0], v[1]), (s[0], s[1])) if in_place else ((heads * row, row), (heads, 1))
     geometry = MergeGeometry(
-        first.facts.dtype, n, states, heads, head_dim, v if in_place else (heads * row, row),  # type: ignore[arg-type]
-        s if in_place else (heads, 1), v, s, v_other, s_other, mask_stride, lse_base,  # type: ignore[arg-type]
-    )  # fmt: skip
-    prepared = _prepared.get((geometry, device), lambda: PreparedMerge(geometry, device))
+        dtype, n, states, heads, head_dim, out, lse, (v[0], v[1]), (s[0], s[1]), v_other, s_other, lse_base
+    )
+    return _Kind(library, device, PreparedMerge(geometry, device), (n, heads, head_dim), dtype, second)
+
+
+def _launch(
+    kind: _Kind, given: tuple[Any, ...], addresses: tuple[int, ...], mask: Any, in_place: bool
+) -> tuple[Any, Any]:
+    library, device, shape = kind.library, kind.device, kind.shape
+    held, mask_address, mask_stride = _read_mask(mask, shape[0], library, device)
+    if kind.second is not None:
+        addresses = (*addresses, addresses[0] + kind.second[0], addresses[1] + kind.second[1])
     if in_place:
-        prepared.run(library, addresses[0], addresses[1], *addresses, mask_address)
-        return first.array, operands[1].array
-    out, out_address = library.empty((n, heads, head_dim), first.facts.dtype, device)
-    lse, lse_address = library.empty((n, heads), "float32", device)
-    prepared.run(library, out_address, lse_address, *addresses, mask_address)
+        kind.prepared.run(library, *addresses[:2], *addresses, mask_address, mask_stride)
+        return given[0], given[1]
+    out, out_address = library.empty(shape, kind.dtype, device)
+    lse, lse_address = library.empty(shape[:2], "float32", device)
+    kind.prepared.run(library, out_address, lse_address, *addresses, mask_address, mask_stride)
+    del held
     return library.wrap(out), library.wrap(lse)
-
-
-def _uploaded(library: Library, operands: list[Operand]) -> list[Any]:
-    gpu = arrays.cupy_library()
-    return [gpu.from_numpy(library.to_numpy(operand.array), 0) for operand in operands]
-
-
-def _downloaded(library: Library, gpu: Library, results: tuple[Any, Any]) -> tuple[Any, Any]:
-    v, s = (library.from_numpy(gpu.to_numpy(array), HOST) for array in results)
-    return v, s
-
-
-def _returned(library: Library, operands: list[Operand], v: np.ndarray, s: np.ndarray) -> tuple[Any, Any]:
-    device, dtype = operands[0].facts.device, arrays.numpy_dtype(operands[0].facts.dtype)
-    with np.errstate(over="ignore"):
-        return library.from_numpy(v.astype(dtype), device), library.from_numpy(s.astype(np.float32), device)

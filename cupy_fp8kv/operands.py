@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -101,17 +101,17 @@ class Kinds(Generic[T]):
         self._lock = threading.Lock()
         self.everything.append(self)
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        found = self._found.get(key)
-        if found is None:
-            with self._lock:
-                found = self._found.get(key)
-                if found is None:
-                    found = make()
-                    if len(self._found) >= self._most:
-                        self._found.clear()
-                    self._found[key] = found
-        return found
+    def find(self, key: Hashable) -> T | None:
+        return self._found.get(key)
+
+    def keep(self, key: Hashable, found: T) -> None:
+        """None as a key says that there is nothing to tell this kind of call by."""
+        if key is None:
+            return
+        with self._lock:
+            if len(self._found) >= self._most:
+                self._found.clear()
+            self._found[key] = found
 
     def clear(self) -> None:
         self._found.clear()

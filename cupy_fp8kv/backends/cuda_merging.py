@@ -13,14 +13,14 @@ from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeStatesSpec
 
 #: Fields of MergeStatesParams that change from call to call.
-_LEADING = 7
+_LEADING = 8
 _THREADS = MergeStatesSpec.threads
 #: States that a group of threads takes at a time.
 _AT_ONCE = 4
 
 
 class MergeGeometry(NamedTuple):
-    """What a kind of merge looks like. Strides of v in bytes, of s (and the mask) in elements."""
+    """What a kind of merge looks like. Strides of v in bytes, of s in elements."""
 
     dtype: str
     num_tokens: int
@@ -33,7 +33,6 @@ class MergeGeometry(NamedTuple):
     s: tuple[int, int]
     v_other: tuple[int, int, int]  # token, state, head
     s_other: tuple[int, int, int]
-    mask: int
     lse_base: str
 
 
@@ -57,7 +56,7 @@ class PreparedMerge:
             v_other_stride_head=geometry.v_other[2],
             s_other_stride_row=geometry.s_other[0], s_other_stride_state=geometry.s_other[1],
             s_other_stride_head=geometry.s_other[2],
-            mask_stride=geometry.mask, s_unit=math.log2(math.e) if natural else 1.0,
+            s_unit=math.log2(math.e) if natural else 1.0,
             lse_unit=math.log(2.0) if natural else 1.0, rows=rows, rows_per_cta=rows_per_cta,
             num_states=geometry.num_states, parts=parts,
             **divisors(team=quads * parts, quads=quads, num_heads=geometry.num_heads),
@@ -67,11 +66,11 @@ class PreparedMerge:
             kernel = compiler.load(MergeStatesSpec(geometry.dtype), device)
             self._launch = Launch(kernel, -(-rows // rows_per_cta), self._params)
 
-    def run(self, library: Library, *addresses: int) -> None:
-        """Launch on the caller's current stream. ``addresses``: MergeStatesParams from ``out`` to ``mask``."""
+    def run(self, library: Library, *values: int) -> None:
+        """Launch on the caller's current stream. ``values``: MergeStatesParams from ``out`` to ``mask_stride``."""
         if self._launch is None:
             return
         jit_device.ensure_context(self._runtime, self._device)
         with jit_device.on_device(self._runtime, self._device), self._params.lock:
-            self._params.write(*addresses)
+            self._params.write(*values)
             self._launch(library.stream(self._device))

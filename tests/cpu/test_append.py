@@ -114,9 +114,9 @@ def test_both_forms_by_keyword():
     append_paged_kv_cache(x, x, batch_indices=[0], positions=[0], paged_kv_cache=caches[1], **rest)
     append_paged_kv_cache(x, x, np.array([0]), np.array([0]), caches[2], *rest.values())
     assert caches[0].any() and bits(caches[0]) == bits(caches[1]) == bits(caches[2])
-    with pytest.raises(TypeError, match=r"append_paged_kv_cache: missing a required argument: 'kv_indptr'"):
+    with pytest.raises(TypeError, match=r"append_paged_kv_cache\(\) missing .* argument.* 'kv_indptr'"):
         append_paged_kv_cache(x, x, [0, 1], caches[0], [1])
-    with pytest.raises(TypeError, match=r"append_paged_kv_cache: got an unexpected keyword argument 'scale'"):
+    with pytest.raises(TypeError, match=r"append_paged_kv_cache\(\) got an unexpected keyword argument 'scale'"):
         append_paged_kv_cache(x, x, [0, 1], caches[0], *rest.values(), scale=1.0)
 
 

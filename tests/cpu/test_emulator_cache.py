@@ -145,7 +145,7 @@ def test_append(emulate, case):
 def test_append_saturates_as_quantize_does(emulate, monkeypatch, fmt, software):
     """All 65536 fp16 values."""
     original = jit_spec.AppendSpec
-    monkeypatch.setattr("cupy_fp8kv.appending.AppendSpec", lambda *a: original(*a, software_fp8=software))
+    monkeypatch.setattr("cupy_fp8kv.append_checks.AppendSpec", lambda *a: original(*a, software_fp8=software))
     halves = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 1, 256)
     cache = move(np.zeros((256, 2, 1, 1, 256), np.uint8))
     tables = list(range(256)), list(range(257)), [1] * 256

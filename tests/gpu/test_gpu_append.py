@@ -40,7 +40,7 @@ def test_append(case):
 def test_it_saturates_as_quantize_does(monkeypatch, fmt, software, dtype):
     """All 65536 values of 16 bits, by instructions and by integer arithmetic."""
     original = jit_spec.AppendSpec
-    monkeypatch.setattr("cupy_fp8kv.appending.AppendSpec", lambda *a: original(*a, software_fp8=software))
+    monkeypatch.setattr("cupy_fp8kv.append_checks.AppendSpec", lambda *a: original(*a, software_fp8=software))
     values = np.arange(65536, dtype=np.uint16).view(dtype).reshape(256, 1, 256)
     cache = cp.zeros((256, 2, 1, 1, 256), np.uint8)
     given = to_cupy(values)
