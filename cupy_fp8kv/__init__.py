@@ -6,6 +6,7 @@ Importing reads the CUDA sources and imports neither CuPy nor torch nor JAX; ker
 from .allocator import OutOfPagesError
 from .append import append_padded_kv_cache, append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 from .cache import PagedKVCache
+from .cascade import BatchDecodeWithSharedPrefixPagedKVCacheWrapper, MultiLevelCascadeAttentionWrapper
 from .counters import AppendCounters
 from .decode import (
     batch_decode_with_padded_kv_cache,
@@ -28,10 +29,12 @@ __all__ = [
     "KV_FORMATS",
     "AppendCounters",
     "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "DeviceInfo",
     "Explanation",
     "KVFormat",
+    "MultiLevelCascadeAttentionWrapper",
     "OutOfPagesError",
     "PagedKVCache",
     "__version__",
