@@ -60,8 +60,8 @@ def test_a_long_prefix_is_read_once():
     q = cp.asarray(rng.standard_normal((batch, heads * group, dim)), np.float16)
     own, shared = unique // page, prefix // page
     each = own + shared
-    cache = cp.asarray(rng.integers(0, 100, (1, 2, page, heads, dim), np.uint8)) ^ cp.random.randint(
-        0, 16, (batch * each, 1, 1, heads, dim), dtype=np.uint8
+    cache = cp.asarray(rng.integers(0, 100, (1, 2, page, heads, dim), np.uint8)) ^ cp.asarray(
+        rng.integers(0, 16, (batch * each, 1, 1, heads, dim), np.uint8)
     )
     pages = cp.arange(batch * each, dtype=np.int32).reshape(batch, each)
     for request in range(1, batch):  # the same prefix for all, in pages of their own
@@ -70,10 +70,10 @@ def test_a_long_prefix_is_read_once():
     full = cp.full(batch, page, np.int32)
     indptr = cp.arange(batch + 1, dtype=np.int32)
 
+    tables = indptr * each, pages.ravel(), full
+
     def alone():
-        return cupy_fp8kv.batch_decode_with_paged_kv_cache(
-            q, cache, None, indptr * each, pages.ravel(), full, return_lse=True, **options
-        )
+        return cupy_fp8kv.batch_decode_with_paged_kv_cache(q, cache, None, *tables, return_lse=True, **options)
 
     rows = cache[pages[0, :shared]]
     k, v = (cp.ascontiguousarray(rows[:, side].reshape(prefix, heads, dim)) for side in range(2))
