@@ -97,6 +97,8 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     const auto k_rows = Layout::k_rows(p, work.request, kv_head).from(Keys::Slice::begin(lane.thread));
     const auto v_rows = Layout::v_rows(p, work.request, kv_head).from(Values::Slice::begin(lane.group));
 
+    typename Layout::template Places<kSubtiles> places(p, work.request, range, lane);
+
     Keys keys;
     Values values;
     // The warps of all CTAs that share a request take turns over its tiles, so that what is read at one time lies close
@@ -106,8 +108,11 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     int first_row = range.begin + work.split * kTurnRows;  // of the rows that the warps take together
     // What is asked for first arrives first: rows that go to registers; q, where a ring is filled a moment later.
     if (!kHasRing && first_row + row_in_turn < range.end) {
-        keys.load(k_rows, range, first_row + row_in_turn, lane);
-        if (kAhead > 0) values.load(v_rows, range, first_row + row_in_turn, lane);
+        const int row = first_row + row_in_turn;
+        places.ask(row);
+        places.find(row, step);
+        keys.load(places.of_k(k_rows, row), range, row, lane);
+        if (kAhead > 0) values.load(places.of_v(v_rows, row), range, row, lane);
     }
 
     const int first_column = work.column_block * kColumns;
@@ -145,7 +150,10 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             for (int r = 0; r < kSubtiles; r++)
 #pragma unroll
                 for (int s = 0; s < Queries::kSteps; s++) Queries::rows_of(keys, r, s, rows[r][s]);
-            if (more) keys.load(k_rows, range, next, lane);
+            if (more) {
+                places.find(next, step);
+                keys.load(places.of_k(k_rows, next), range, next, lane);
+            }
             queries.multiply<1>(
                 [&](int r, int s, u32(&a)[4]) {
 #pragma unroll
@@ -159,8 +167,14 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
                 ring.release(turn, lane);
                 ring.advance(turn);
             }
-            if (kAhead == 1 && more) keys.load(k_rows, range, next, lane);
-            if (kAhead == 0 && !kHasRing) values.load(v_rows, range, row, lane);
+            if (kAhead == 1 && more) {
+                places.find(next, step);
+                keys.load(places.of_k(k_rows, next), range, next, lane);
+            }
+            if (kAhead == 0 && !kHasRing) {
+                values.load(places.of_v(v_rows, row), range, row, lane);
+                if (more) places.find(next, step);
+            }
         }
         to_logits(scores, queries, p, scale, row, first_head, work.kv_len, range, lane);
         columns.update(scores);
@@ -186,8 +200,12 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             ring.advance(turn);
         }
 
-        if (kAhead > 0 && more) values.load(v_rows, range, next, lane);
-        if (kAhead == 0 && !kHasRing && more) keys.load(k_rows, range, next, lane);
+        if (kAhead > 0 && more) values.load(places.of_v(v_rows, next), range, next, lane);
+        if (kAhead == 0 && !kHasRing && more) {
+            // The compiler would make addresses while V is still in the registers, and spill.
+            if constexpr (Layout::kLooksUp) ptx::sync_warp();
+            keys.load(places.of_k(k_rows, next), range, next, lane);
+        }
     }
     columns.finish();
     ptx::let_next_kernel_start();  // merge.cu, if this splits: it waits for the results where it starts

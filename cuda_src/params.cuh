@@ -19,7 +19,9 @@ struct DecodeParams {
     const u8* q;             // [B, Hq, D]
     const u8* k;             // [B, L, Hkv, D]
     const u8* v;             // [B, L, Hkv, D]
-    const int* kv_lens;      // [B], or null: every request has kv_len rows
+    const int* kv_lens;      // [B], or null: every request has kv_len rows; with page_indptr, rows of the last page
+    const int* page_indptr;  // [B + 1], where a request's pages begin in page_indices, or null: they are a block table
+    const int* page_indices; // pages of all requests, or [B, >= pages of a request]; null for a padded cache
     const float* q_scale;    // [1], or null
     const float* k_scale;    // [1] or [Hkv], or null
     const float* v_scale;    // [1] or [Hkv], or null
@@ -54,6 +56,15 @@ struct DecodeParams {
     int least_turns;         // that are worth a part of their own
     Divisor list_parts;      // parts that a list may have beyond one for each request
     Divisor turn_rows;       // rows that the warps of a CTA take together
+    // Of a paged cache. Its rows lie at multiples of a unit of bytes, so that 32 bits tell them apart.
+    Divisor page_size;       // rows of a page
+    int block_table_stride;  // in page_indices, from one request to the next
+    int k_unit;
+    int k_units_page;        // from one page to the next
+    int k_units_row;         // from one row of a page to the next
+    int v_unit;
+    int v_units_page;
+    int v_units_row;
 };
 
 // Rows of D elements on three axes; what has fewer axes has size 1 there.
@@ -73,6 +84,168 @@ struct QuantizeParams {
     int scale_stride2;
     int head_dim;
     int scale_count;
+};
+
+// States (v, s) of N tokens and H heads, S states each: the first state, and S - 1 others side by side. Strides of s in
+// elements.
+struct MergeStatesParams {
+    u8* out;                 // [N, H, D], the type of v; may be v
+    float* lse;              // [N, H]; may be s
+    const u8* v;             // [N, H, D]
+    const float* s;          // [N, H]
+    const u8* v_other;       // [N, S - 1, H, D]
+    const float* s_other;    // [N, S - 1, H]
+    const u8* mask;          // [N]: tokens with 0 are left as they are; or null
+    i64 mask_stride;
+    // What a kind of call fixes.
+    i64 out_stride_row;
+    i64 out_stride_head;
+    i64 lse_stride_row;
+    i64 lse_stride_head;
+    i64 v_stride_row;
+    i64 v_stride_head;
+    i64 s_stride_row;
+    i64 s_stride_head;
+    i64 v_other_stride_row;
+    i64 v_other_stride_state;
+    i64 v_other_stride_head;
+    i64 s_other_stride_row;
+    i64 s_other_stride_state;
+    i64 s_other_stride_head;
+    float s_unit;            // 1 for base 2, log2(e) for base e
+    float lse_unit;          // 1 for base 2, ln 2 for base e
+    int rows;                // N * H
+    int rows_per_cta;
+    int num_states;          // S
+    int parts;               // groups of threads that share the states of a row
+    Divisor team;            // quads * parts: threads of a row
+    Divisor quads;           // D / 4
+    Divisor num_heads;       // H
+};
+
+// N new tokens of a batch of B, H heads of D, into a cache of pages of R rows; a padded cache has B pages of L rows.
+struct AppendParams {
+    const u8* k;             // [N, H, D], or [outer, inner, H, D]
+    const u8* v;             // likewise
+    u8* k_cache;             // [pages, R, H, D]
+    u8* v_cache;             // likewise
+    float* k_token_scales;   // [pages, R, H]: written, and what K is divided by; or null
+    float* v_token_scales;   // likewise
+    const float* k_scales;   // [1] or [H], or null: what K is divided by, times k_scale
+    const float* v_scales;   // likewise
+    float k_scale;
+    float v_scale;
+    int k_scale_stride;      // 1: one scale a head, 0: one for all
+    int v_scale_stride;
+    const int* append_indptr;   // [B + 1]: the tokens of each request, its last ones; or null
+    const int* batch_indices;   // [N]: the request of each token; or null
+    const int* positions;    // [N]: its row there; with batch_indices
+    const int* kv_indptr;    // [B + 1]: the pages of each request; null: padded
+    const int* kv_indices;   // [num_indices]: pages
+    const int* kv_lens;      // [B]: rows of each request's last page, or (padded) of the request, after appending
+    u64* counts;             // [5]: saturated of K and V, NaN of K and V, tokens left out; or null
+    u32* amax;               // [2, H]: bits of floats; with counts
+    int batch;               // B
+    int num_indices;
+    // What a kind of call fixes.
+    i64 k_stride_outer;
+    i64 k_stride_inner;
+    i64 k_stride_head;
+    i64 v_stride_outer;
+    i64 v_stride_inner;
+    i64 v_stride_head;
+    i64 k_cache_stride_page;
+    i64 k_cache_stride_row;
+    i64 k_cache_stride_head;
+    i64 v_cache_stride_page;
+    i64 v_cache_stride_row;
+    i64 v_cache_stride_head;
+    i64 k_scales_stride_page;   // in elements
+    i64 k_scales_stride_row;
+    i64 k_scales_stride_head;
+    i64 v_scales_stride_page;
+    i64 v_scales_stride_row;
+    i64 v_scales_stride_head;
+    int rows;                // N * H
+    int head_dim;            // D
+    int page_size;           // R
+    int num_pages;
+    int lanes;               // threads of a row, a power of two up to 32
+    int first_side;          // 0: K, 1: V
+    int sides;               // 2: both in this launch
+    int counts_skipped;      // 1: this launch counts tokens that are left out
+    Divisor num_heads;       // H
+    Divisor inner;           // size of that axis, 1 if there is none
+    Divisor tokens_each;     // tokens of every request, where nothing else says which are whose
+};
+
+// Pages of K and V, or of the scales beside them. Rows of `heads` heads of `words` words; see pages.cu.
+struct CopyPagesParams {
+    u8* k;                   // [pages, R, H, words]
+    u8* v;                   // likewise
+    const int* sources;      // [pairs]
+    const int* targets;      // [pairs]
+    int pairs;
+    // What a kind of call fixes.
+    i64 k_stride_page;
+    i64 k_stride_row;
+    i64 k_stride_head;
+    i64 v_stride_page;
+    i64 v_stride_row;
+    i64 v_stride_head;
+    int num_pages;
+    int page_words;          // R * H * words
+    int first_side;          // 0: K, 1: V
+    int sides;               // 2: both in this launch
+    Divisor heads;
+    Divisor words;
+};
+
+// Likewise, to padded arrays.
+struct GatherParams {
+    u8* k_out;               // [B, max_kv_len, H, words]
+    u8* v_out;               // likewise
+    const u8* k;             // [pages, R, H, words]
+    const u8* v;             // likewise
+    const int* kv_indptr;    // [B + 1]
+    const int* kv_indices;   // [num_indices]
+    const int* kv_last_page_len;   // [B]
+    int num_indices;
+    // What a kind of call fixes.
+    i64 k_stride_page;
+    i64 k_stride_row;
+    i64 k_stride_head;
+    i64 v_stride_page;
+    i64 v_stride_row;
+    i64 v_stride_head;
+    i64 k_out_stride_request;
+    i64 k_out_stride_row;
+    i64 k_out_stride_head;
+    i64 v_out_stride_request;
+    i64 v_out_stride_row;
+    i64 v_out_stride_head;
+    int num_pages;
+    int page_size;           // R
+    int max_kv_len;
+    int row_words;           // H * words
+    int units;               // B * chunks * sides
+    int first_side;
+    int sides;
+    Divisor chunks;          // pages that max_kv_len rows take
+    Divisor heads;
+    Divisor words;
+};
+
+// Page tables, as in DecodeParams.
+struct CheckTablesParams {
+    u32* found;              // [B], zeros: what is wrong with each request
+    const int* kv_lens;      // [B]
+    const int* page_indptr;  // [B + 1], or null
+    const int* page_indices; // [entries], or [B, entries]
+    int block_table_stride;
+    int entries;
+    int page_size;
+    int num_pages;
 };
 
 struct ReadParams {

@@ -4,10 +4,9 @@
 // a tensor or a head. The specialisation defines Values (F16, BF16 or F32) and Codes (an FP8 format).
 #include "base/operand.cuh"
 #include "params.cuh"
+#include "scale/amax.cuh"
 
 constexpr int kThreads = 256;
-// 2^-126: a scale below it would be lost where subnormals are flushed, and all its values with it.
-constexpr float kMinScale = 1.17549435e-38f;
 
 struct RowIndex {
     int i0, i1, i2;
@@ -25,17 +24,6 @@ struct RowIndex {
     }
     DEVICE float scale(const QuantizeParams& p) const { return p.scales ? p.scales[slot(p)] : p.scale; }
 };
-
-// Bits of |x|, which compare like the values; 0 for infinities and NaN, which have no say in a scale.
-DEVICE u32 finite_magnitude(float x) {
-    const u32 bits = ptx::float_bits(x) & 0x7fffffffu;
-    return bits < 0x7f800000u ? bits : 0u;
-}
-
-DEVICE float scale_of(u32 amax_bits) {
-    const float scale = ptx::divide(ptx::bits_float(amax_bits), Codes::kMax);
-    return scale < kMinScale ? 1.0f : scale;
-}
 
 // One warp a row at a time. Where every row has its own scale it is stored; otherwise the largest magnitude is, as
 // bits, for `scales` to turn into scales: a maximum does not depend on the order it is taken in.
@@ -56,14 +44,12 @@ extern "C" __global__ void __launch_bounds__(kThreads) amax(const __grid_constan
         const u8* values = index.values(p);
         u32 mine = 0;
         for (int d = 4 * lane; d < p.head_dim; d += 128) {
-            const float4 x = Values::load_4(values + d * Values::kBytes);
-            mine = max_of(mine, max_of(max_of(finite_magnitude(x.x), finite_magnitude(x.y)),
-                                       max_of(finite_magnitude(x.z), finite_magnitude(x.w))));
+            mine = max_of(mine, finite_magnitude(Values::load_4(values + d * Values::kBytes)));
         }
         for (int mask = 16; mask; mask /= 2)
             mine = max_of(mine, ptx::float_bits(ptx::shuffle_xor(ptx::bits_float(mine), mask)));
         if (per_row) {
-            if (lane == 0) p.scales[slot] = scale_of(mine);
+            if (lane == 0) p.scales[slot] = scale_of(mine, Codes::kMax);
             slot = -1;
         }
         largest = max_of(largest, mine);
@@ -73,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) amax(const __grid_constan
 
 extern "C" __global__ void __launch_bounds__(kThreads) scales(const __grid_constant__ QuantizeParams p) {
     const int i = blockIdx.x * kThreads + threadIdx.x;
-    if (i < p.scale_count) p.scales[i] = scale_of(ptx::float_bits(p.scales[i]));
+    if (i < p.scale_count) p.scales[i] = scale_of(ptx::float_bits(p.scales[i]), Codes::kMax);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) quantize(const __grid_constant__ QuantizeParams p) {
@@ -85,9 +71,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) quantize(const __grid_con
         const RowIndex index = RowIndex::of(p, row);
         const float4 x = Values::load_4(index.values(p) + 4 * quad * Values::kBytes);
         const float scale = index.scale(p);
-        const u32 low = Codes::encode_pair(ptx::divide(x.x, scale), ptx::divide(x.y, scale));
-        const u32 high = Codes::encode_pair(ptx::divide(x.z, scale), ptx::divide(x.w, scale));
-        reinterpret_cast<u32*>(p.out)[at] = low | high << 16;
+        Codes::store_4(p.out + 4 * at, make_float4(ptx::divide(x.x, scale), ptx::divide(x.y, scale),
+                                                   ptx::divide(x.z, scale), ptx::divide(x.w, scale)));
     }
 }
 

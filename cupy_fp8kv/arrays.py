@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from .jit.device import on_device, require_cupy
+from .kept_workspaces import KeptWorkspaces
 from .problem import Facts
-from .workspaces import KeptWorkspaces
 
 HOST = -1
 #: What can be read off an array and decides how a call runs: hashable, and compared before anything is interpreted.
@@ -27,7 +27,7 @@ Signature = tuple[Any, ...]
 
 _NUMPY_DTYPES = {
     "float16": np.dtype(np.float16), "float32": np.dtype(np.float32), "uint8": np.dtype(np.uint8),
-    "int32": np.dtype(np.int32), "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int32": np.dtype(np.int32), "int64": np.dtype(np.int64), "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn), "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }  # fmt: skip
 #: Types that NumPy, or a library's exchange with NumPy, does not know: they travel as integers of the same size.

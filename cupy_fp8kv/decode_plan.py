@@ -13,6 +13,8 @@ from .explain import Explanation
 from .formats import dtype_name, format_of_dtype
 from .layouts import to_nhd
 from .lengths import device_lens, host_lens
+from .options import integer
+from .outputs import read_out
 from .problem import DecodeProblem, Facts, without_idle_strides
 
 _NAMES = ("q", "k", "v")
@@ -169,7 +171,7 @@ class DecodePlan:
             logits_soft_cap = scales.number(logits_soft_cap, "logits_soft_cap")
         self._library = library
         self._kv_layout = kv_layout
-        self._window_left = dispatch.integer(window_left, "window_left")
+        self._window_left = integer(window_left, "window_left")
         self._soft_cap = logits_soft_cap
         self._lse_base = lse_base
         self._ragged = ragged
@@ -205,7 +207,7 @@ class DecodePlan:
             self._kernels = self._prepared.kernels
         #: What follows the addresses among the values of a run without scales.
         self._rest = (
-            self._lens_address, 0, 0, 0, self._sm_scale, 1.0, logits_soft_cap or 0.0, self._window_left, 0, 0,
+            self._lens_address, 0, 0, 0, 0, 0, self._sm_scale, 1.0, logits_soft_cap or 0.0, self._window_left, 0, 0,
         )  # fmt: skip
 
     @property
@@ -302,9 +304,9 @@ class DecodePlan:
                 library, prepared, q, k, v, self._kv_layout, q_scale, k_scale, v_scale, self._window_left,
                 self._soft_cap, self._sm_scale, self._lens, return_lse, self._lse_base, out,
             )  # fmt: skip
-        return dispatch.decode_on_device(
-            library, prepared, q, q_address, k_address, v_address, q_scale, k_scale, v_scale, self._window_left,
-            self._soft_cap, self._sm_scale, self._lens_address, self._list_address, return_lse, out, out_address,
+        return dispatch.run_on_device(
+            library, prepared, q, (q_address, k_address, v_address, out_address), (self._lens_address, 0, 0), q_scale,
+            k_scale, v_scale, self._window_left, self._soft_cap, self._sm_scale, return_lse, out, self._list_address,
         )  # fmt: skip
 
     def _check(self, index: int, array: Any) -> int:
@@ -328,7 +330,7 @@ class DecodePlan:
 
     def _check_out(self, out: Any) -> tuple[int, dispatch.Prepared]:
         """The address of ``out``, and what is prepared for its strides."""
-        address, signature = dispatch.read_out(self._library, out)
+        address, signature = read_out(self._library, out)
         prepared = self._prepared_for.get(signature)
         if prepared is None:
             facts = self._library.facts(signature)

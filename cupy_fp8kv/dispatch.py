@@ -19,10 +19,11 @@ from .backends.cuda import PreparedDecode
 from .formats import KV_FORMATS
 from .jit.device import check_backend, cupy_problem, has_gpu
 from .lengths import device_lens, host_lens
+from .options import LSE_UNITS, as_key, check_lse_base
+from .outputs import check_out, read_out
 from .positions import check_pos_encoding_mode
 from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
 
-_LSE_UNITS = {"2": 1.0, "e": math.log(2.0)}
 MOST_FLOAT32 = 3.4028234e38
 #: Kinds of calls that are remembered before all are forgotten.
 _MOST_PREPARED = 4096
@@ -34,21 +35,26 @@ class Prepared:
 
     __slots__ = (
         "cuda", "default_scale", "device", "kernels", "lse_shape", "lse_unit", "out_dtype", "out_shape", "problem",
-        "run",
+        "run", "v_offset", "workspace",
     )  # fmt: skip
 
-    def __init__(self, problem: DecodeProblem, facts: Facts, cuda: bool, lse_base: str, out_strides: Any):
+    def __init__(
+        self, problem: DecodeProblem, facts: Facts, cuda: bool, lse_base: str, out_strides: Any, v_offset: int = 0
+    ):
         self.problem = problem
+        self.v_offset = v_offset
+        self.workspace = 0
         self.device = facts.device
         self.cuda = cuda
         self.default_scale = 1.0 / math.sqrt(problem.head_dim)
-        self.lse_unit = _LSE_UNITS[lse_base]
+        self.lse_unit = LSE_UNITS[lse_base]
         self.out_shape = facts.shape
         self.lse_shape = facts.shape[:-1]
         self.out_dtype = facts.dtype
         if self.on_device:
             self.kernels = PreparedDecode(problem, self.device, out_strides)
             self.run = self.kernels.run
+            self.workspace = self.kernels.plan.workspace
 
     @property
     def on_device(self) -> bool:
@@ -100,28 +106,12 @@ def decode(
         out_address, out_signature = arrays.read(library, out, "out")
     else:
         out_address, out_signature = read_out(library, out)
-    # Values that compare equal to a checked one must not pass as it.
-    if type(window_left) is not int or not -1 <= window_left < 2**31:
-        window_left = integer(window_left, "window_left")
-    if logits_soft_cap is not None and type(logits_soft_cap) is not float:
-        logits_soft_cap = scales.number(logits_soft_cap, "logits_soft_cap")
-    if isinstance(kv_format, list):
-        kv_format = tuple(kv_format)
-
+    window_left, logits_soft_cap, kv_format = as_key(window_left, logits_soft_cap, kv_format)
     key = (
         batched, library, q_signature, k_signature, v_signature, out_signature, kv_layout, pos_encoding_mode,
         logits_soft_cap, window_left, kv_format, lse_base, backend, kv_lens is not None,
     )  # fmt: skip
-    try:
-        prepared = _prepared.get(key)
-    except TypeError:  # an option that cannot be hashed is not one of ours
-        _prepare(*key)
-        raise
-    if prepared is None:
-        prepared = _prepare(*key)
-        if len(_prepared) >= _MOST_PREPARED:
-            _prepared.clear()
-        _prepared[key] = prepared
+    prepared = prepared_for(key, _prepare)
     if probe is not None:  # tune() takes the launch from here
         prepared = probe(prepared)
     if sm_scale is None:
@@ -136,32 +126,49 @@ def decode(
     lens_address = 0
     if kv_lens is not None:
         kv_lens, lens_address = device_lens(kv_lens, library, prepared.problem, prepared.device)
-    return decode_on_device(
-        library, prepared, q, q_address, k_address, v_address, q_scale, k_scale, v_scale, window_left,
-        logits_soft_cap, sm_scale, lens_address, 0, return_lse, out, out_address,
+    return run_on_device(
+        library, prepared, q, (q_address, k_address, v_address, out_address), (lens_address, 0, 0), q_scale, k_scale,
+        v_scale, window_left, logits_soft_cap, sm_scale, return_lse, out,
     )  # fmt: skip
 
 
-def decode_on_device(
+def prepared_for(key: tuple[Any, ...], prepare: Callable[..., Prepared]) -> Prepared:
+    """What the first call of this kind found out; this one finds it out with ``prepare`` if it is the first."""
+    try:
+        prepared = _prepared.get(key)
+    except TypeError:  # an option that cannot be hashed is not one of ours
+        prepare(*key)
+        raise
+    if prepared is None:
+        prepared = prepare(*key)
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = prepared
+    return prepared
+
+
+def run_on_device(
     library: Library,
     prepared: Prepared,
     q: Any,
-    q_address: int,
-    k_address: int,
-    v_address: int,
+    addresses: tuple[int, int, int, int],
+    tables: tuple[int, int, int],
     q_scale: Any,
     k_scale: Any,
     v_scale: Any,
     window_left: int,
     logits_soft_cap: float | None,
     sm_scale: float,
-    lens_address: int,
-    work_list: int,
     return_lse: bool,
     out: Any,
-    out_address: int,
+    work_list: int = 0,
+    workspace: tuple[Any, int] | None = None,
 ) -> Any:
-    """The call on device arrays whose kind has been checked. ``work_list``: address of one that is made, or 0."""
+    """Launch: ``addresses`` of q, k, v and out, ``tables`` as in DecodeParams, ``work_list`` of one that is made, or 0.
+
+    Returns the caller's result.
+    """
+    q_address, k_address, v_address, out_address = addresses
     if (q_address | k_address | v_address | out_address) % 16:
         for name, address in (("q", q_address), ("k", k_address), ("v", v_address), ("out", out_address)):
             check_address(name, address)
@@ -187,11 +194,11 @@ def decode_on_device(
         )
     # In the order of DecodeParams.
     prepared.run(library, (
-        out_address, lse_address, prepared.lse_unit, q_address, k_address, v_address, lens_address,
+        out_address, lse_address, prepared.lse_unit, q_address, k_address, v_address, *tables,
         q_factor.address, k_factor.address, v_factor.address,
         logit_scale, v_factor.known, logits_soft_cap or 0.0,
         window_left, k_factor.stride, v_factor.stride,
-    ), work_list)  # fmt: skip
+    ), work_list, workspace)  # fmt: skip
     if return_lse:
         return library.wrap(out), library.wrap(lse)
     return library.wrap(out)
@@ -202,13 +209,6 @@ def _refuse_null(problem: DecodeProblem, **addresses: int) -> None:
     for name, address in addresses.items():
         if not address and problem.batch and (name == "q" or problem.kv_len):
             raise ValueError(f"{name}: expected an array with memory, got one at address 0 (a fake tensor?)")
-
-
-def integer(value: Any, argument: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{argument}: expected an integer, got {value!r}")
-    # Beyond any length, and what 32 bits hold.
-    return max(-1, min(int(value), 2**31 - 1))
 
 
 def common_library(q: Any, k: Any, v: Any) -> Library:
@@ -222,16 +222,6 @@ def common_library(q: Any, k: Any, v: Any) -> Library:
             )
     assert library is not None  # adopt() leaves no other
     return library
-
-
-def read_out(library: Library, out: Any) -> tuple[int, Any]:
-    if not library.mutable:
-        raise TypeError(f"out: {library.name} arrays cannot be written; leave it out")
-    if arrays.library_of(out, "out") is not library:
-        raise TypeError(f"out: expected an array of {library.name} like q, got {type(out).__name__}")
-    if library.name == "numpy" and not out.flags.writeable:
-        raise ValueError("out: expected an array that can be written, got a read-only one")
-    return arrays.read(library, out, "out")
 
 
 def _prepare(
@@ -261,16 +251,27 @@ def _prepare(
 
 def prepare(facts: list[Facts], out: Facts | None, *, lse_base: str, **options: Any) -> Prepared:
     """A kind of call checked, planned and compiled: ``facts`` of q, k and v, and ``options`` of ``check_call``."""
-    if not isinstance(lse_base, str) or lse_base not in _LSE_UNITS:
-        raise ValueError(f"lse_base: expected '2' or 'e', got {lse_base!r}")
+    check_lse_base(lse_base)
     problem, cuda = check_call(*facts, **options)
+    return prepare_problem(problem, facts[0], cuda, lse_base, out, options["backend"])
+
+
+def prepare_problem(
+    problem: DecodeProblem,
+    q: Facts,
+    cuda: bool,
+    lse_base: str,
+    out: Facts | None,
+    backend: str | None,
+    v_offset: int = 0,
+) -> Prepared:
+    """Plan, compile and pack a checked call. ``v_offset``: bytes from where K is said to be to V, if they are one."""
     out_strides = (problem.num_qo_heads * problem.head_dim * 2, problem.head_dim * 2)
     if out is not None:
-        out_strides = _check_out(out, facts[0])
+        out_strides = check_out(out, q)
     if cuda and not has_gpu():
-        asked = "cuda was asked for" if options["backend"] else "the arrays need CUDA"
-        raise RuntimeError(f"backend: {asked}: {cupy_problem()}")
-    return Prepared(problem, facts[0], cuda, lse_base, out_strides)
+        raise RuntimeError(f"backend: {'cuda was asked for' if backend else 'the arrays need CUDA'}: {cupy_problem()}")
+    return Prepared(problem, q, cuda, lse_base, out_strides, v_offset)
 
 
 def check_call(
@@ -288,43 +289,35 @@ def check_call(
     ragged: bool = False,
 ) -> tuple[DecodeProblem, bool]:
     """The problem that a call is, and whether it runs on CUDA. ValueError or TypeError for what does not fit."""
-    check_pos_encoding_mode(pos_encoding_mode)
-    check_backend(backend)
-    if logits_soft_cap is not None and not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
-        raise ValueError(f"logits_soft_cap: expected a finite number >= 0 or None, got {logits_soft_cap}")
+    check_options(pos_encoding_mode, logits_soft_cap, backend)
     problem = bind_decode(
         q, k, v, batched=batched, kv_layout=kv_layout, requested_format=kv_format, soft_cap=bool(logits_soft_cap),
         window_left=window_left, position=pos_encoding_mode, ragged=ragged,
     )  # fmt: skip
+    return problem, runs_on_cuda(problem, q, k, v, backend)
+
+
+def check_options(pos_encoding_mode: str, logits_soft_cap: float | None, backend: str | None) -> None:
+    """ValueError, or NotImplementedError, for a mode, a soft cap or a backend that there is not."""
+    check_pos_encoding_mode(pos_encoding_mode)
+    check_backend(backend)
+    if logits_soft_cap is not None and not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
+        raise ValueError(f"logits_soft_cap: expected a finite number >= 0 or None, got {logits_soft_cap}")
+
+
+def runs_on_cuda(
+    problem: DecodeProblem, q: Facts, k: Facts, v: Facts, backend: str | None, names: tuple[str, str] = ("k", "v")
+) -> bool:
+    """Where the call runs. ValueError for rows that kernels cannot load, and for different devices."""
     for name, facts, itemsize in (
         ("q", q, 2),
-        ("k", k, KV_FORMATS[problem.k_format].itemsize),
-        ("v", v, KV_FORMATS[problem.v_format].itemsize),
+        (names[0], k, KV_FORMATS[problem.k_format].itemsize),
+        (names[1], v, KV_FORMATS[problem.v_format].itemsize),
     ):
         check_rows(name, facts, itemsize)
         if facts.device != q.device:
             raise ValueError(f"{name}: expected device {device_name(q.device)} like q, got {device_name(facts.device)}")
-    return problem, backend == "cuda" or (backend is None and (q.device != HOST or has_gpu()))
-
-
-def _check_out(out: Facts, q: Facts) -> tuple[int, int]:
-    """Strides (request, head) of ``out``; it must look like ``q``."""
-    for what, expected, got in (
-        ("shape", list(q.shape), list(out.shape)),
-        ("dtype", q.dtype, out.dtype),
-        ("device", device_name(q.device), device_name(out.device)),
-    ):
-        if expected != got:
-            raise (TypeError if what == "dtype" else ValueError)(f"out: expected {what} {expected} like q, got {got}")
-    check_rows("out", out, 2)
-    row = 2 * out.shape[-1]
-    heads, head_stride = out.shape[-2], abs(out.strides[-2])
-    batch, batch_stride = (out.shape[0], abs(out.strides[0])) if len(out.shape) == 3 else (1, 0)
-    apart = (heads < 2 or head_stride >= row) and (batch < 2 or batch_stride >= row)
-    nested = batch < 2 or heads < 2 or batch_stride >= heads * head_stride or head_stride >= batch * batch_stride
-    if not (apart and nested):
-        raise ValueError(f"out: expected rows that do not overlap, got strides {list(out.strides)} in bytes")
-    return (0, out.strides[0]) if len(out.shape) == 2 else (out.strides[0], out.strides[1])
+    return backend == "cuda" or (backend is None and (q.device != HOST or has_gpu()))
 
 
 def decode_from_host(
@@ -346,7 +339,7 @@ def decode_from_host(
     out: Any,
 ) -> Any:
     """The call on host arrays: on the GPU (uploaded, result downloaded) or in NumPy, as was decided."""
-    problem, device = prepared.problem, prepared.device
+    problem = prepared.problem
     values = [library.to_numpy(array) for array in (q, k, v)]
     options = {
         "q_scale": scales.host_scale(q_scale, "q_scale", 0),
@@ -357,6 +350,14 @@ def decode_from_host(
     }  # fmt: skip
     run = _run_uploaded if prepared.cuda else _run_numpy
     result, lse = run(problem, values, kv_layout, options)
+    return to_caller(library, prepared, result, lse, return_lse, out)
+
+
+def to_caller(
+    library: Library, prepared: Prepared, result: np.ndarray, lse: np.ndarray, return_lse: bool, out: Any
+) -> Any:
+    """Results on the host as the caller's arrays."""
+    device = prepared.device
     result, lse = result.reshape(prepared.out_shape), lse.reshape(prepared.lse_shape)
     if out is None:
         out = library.from_numpy(result, device)

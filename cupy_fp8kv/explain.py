@@ -12,8 +12,9 @@ from .formats import kv_format as format_called
 from .jit import compiler
 from .jit.device import device_info
 from .jit.spec import MergeSpec, ScheduleSpec, Spec
+from .layouts import LAYOUTS
 from .plan import DeviceInfo, Plan, plan_decode, specs
-from .problem import DecodeProblem, check_heads
+from .problem import DecodeProblem, Paging, check_heads
 from .tuning.store import tuned_plan
 
 
@@ -85,6 +86,7 @@ def warmup(
     kv_format: Any = "e4m3",
     logits_soft_cap: bool = False,
     ragged: bool = False,
+    layout: str = "padded",
     device: int = 0,
 ) -> list[str]:
     """Compile every kernel that decode calls of this kind may choose, on all cores, so that no later call has to.
@@ -97,6 +99,7 @@ def warmup(
     kv_format : a format, or a pair (K, V).
     logits_soft_cap : whether calls will have a soft cap.
     ragged : whether calls will have ``kv_lens``; their kernels are compiled with the others then.
+    layout : ``"padded"`` or ``"paged"``, the caches of the calls.
     device : CUDA device index.
 
     Returns
@@ -110,9 +113,11 @@ def warmup(
     k_format, v_format = (format_called(one).name for one in pair)
     q_format = format_called(name).name
     check_heads(group_size, 1, head_dim)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected {' or '.join(map(repr, LAYOUTS))}, got {layout!r}")
     problem = DecodeProblem(
         1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),
-        soft_cap=logits_soft_cap, ragged=ragged,
+        soft_cap=logits_soft_cap, ragged=ragged, paging=Paging(1, 1, 1, 0) if layout == "paged" else None,
     )  # fmt: skip
     info = device_info(device)
     wanted: list[Spec] = [*specs(problem, info.arch, info.shared_per_block), MergeSpec(q_format)]

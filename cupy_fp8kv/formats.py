@@ -35,6 +35,14 @@ class KVFormat:
     def is_fp8(self) -> bool:
         return self.itemsize == 1
 
+    @property
+    def largest_rounded(self) -> float:
+        """The largest float32 that rounds to ``max`` (to nearest even); what is beyond it saturates or overflows."""
+        code = int(np.array(self.max).astype(self.dtype).view(f"u{self.itemsize}"))
+        below = np.array(code - 1, f"u{self.itemsize}").view(self.dtype).astype(np.float64)
+        tie = np.float32(self.max + (self.max - float(below)) / 2)
+        return float(tie if code % 2 == 0 else np.nextafter(tie, np.float32(0)))
+
     def __str__(self) -> str:
         return self.title
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+#: How the rows of requests lie in memory, with the C++ type of the header of the same name in ``cuda_src/layout/``.
+LAYOUTS = {"padded": "PaddedLayout", "paged": "PagedLayout"}
 #: Names a user may give, with the position of (token, head) among the axes after the batch.
 KV_LAYOUTS = {"NHD": (0, 1), "HND": (1, 0)}
 

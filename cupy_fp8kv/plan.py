@@ -55,8 +55,9 @@ class Plan:
 
 #: Query heads that one CTA can take: two tiles of eight columns.
 MAX_COLUMNS = 16
-#: Fragment registers with which 16 warps fit the registers of an SM without a spill; DecodeSpec.ahead knows for 8.
-_FRAGMENTS_OF_16_WARPS = 108
+#: Fragment registers with which 16 warps fit the registers of an SM without a spill, by the bytes of an element of K;
+#: DecodeSpec.ahead knows for 8.
+_FRAGMENTS_OF_16_WARPS = {"padded": {1: 108, 2: 108}, "paged": {1: 106, 2: 104}}
 #: A warp's tile of K and V is doubled until it has this many bytes: 16 or 8 warps then keep 40 to 64 KB in flight.
 _MIN_TILE_BYTES = {16: 2560, 8: 5120}
 #: A last wave that fills less than this of its slots is avoided by splitting.
@@ -130,6 +131,7 @@ def split_rows(begin: int, end: int, splits: int, warps: int, tile_rows: int) ->
 
 def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
     """The kernel with as many warps as fit an SM, and how many CTAs share the query heads of one cache head."""
+    most_of_16 = _FRAGMENTS_OF_16_WARPS[problem.layout][KV_FORMATS[problem.k_format].itemsize]
     for most_tiles in (MAX_COLUMNS // 8, 1):
         blocks = math.ceil(problem.group_size / (8 * most_tiles))
         column_tiles = math.ceil(math.ceil(problem.group_size / blocks) / 8)
@@ -138,9 +140,9 @@ def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
                 spec = DecodeSpec(
                     q=problem.q_format, k=problem.k_format, v=problem.v_format, head_dim=problem.head_dim,
                     column_tiles=column_tiles, subtiles=subtiles, warps=warps, ctas_per_sm=1,
-                    soft_cap=problem.soft_cap, position=problem.position,
+                    soft_cap=problem.soft_cap, position=problem.position, layout=problem.layout,
                 )  # fmt: skip
-                fits_16 = spec.fragment_registers[2] <= _FRAGMENTS_OF_16_WARPS
+                fits_16 = spec.fragment_registers[2] <= most_of_16
                 if fits_16 if warps == 16 else spec.ahead == 2 or (spec.ahead >= 0 and subtiles == 1):
                     return spec, blocks
     raise AssertionError(f"no tile fits {problem}")
@@ -160,10 +162,12 @@ def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None
     Rings are listed with their least number of stages, which is not part of the kernel.
     """
     spec, _ = _tile(problem)
-    rings = [_ring(spec, team) for team in _ring_teams(spec)] if arch >= _RING_ARCH else []
+    may_have_ring = arch >= _RING_ARCH and not problem.paging
+    rings = [_ring(spec, team) for team in _ring_teams(spec)] if may_have_ring else []
     if shared_per_block is not None and shared_per_block < _RING_SHARED_BYTES:
         rings = []
-    listed = [replace(sized, schedule="listed") for sized in _cta_sizes(spec)] if problem.ragged else []
+    may_have_list = problem.ragged and not problem.paging
+    listed = [replace(sized, schedule="listed") for sized in _cta_sizes(spec)] if may_have_list else []
     return [*_cta_sizes(spec), *listed, *(ring for ring in rings if ring)]
 
 
@@ -194,7 +198,7 @@ def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blo
     # were not measured.
     if device.arch < _RING_ARCH or device.shared_per_block < _RING_SHARED_BYTES:
         return None
-    if problem.ragged or blocks > 1 or not problem.can_copy_boxes:
+    if problem.ragged or problem.paging or blocks > 1 or not problem.can_copy_boxes:
         return None
     team, splits = _ring_team(problem, device, spec)
     if team is None:
@@ -255,7 +259,7 @@ def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
         return with_ring
     uniform = _uniform_plan(problem, device, spec, blocks)
     # A single request is cut equally whatever its length is.
-    if problem.ragged and problem.batch > 1:
+    if problem.ragged and not problem.paging and problem.batch > 1:
         longest = problem.rows_read // uniform.splits * spec.row_bytes
         if longest >= LISTED_LEAST_BYTES:
             return _listed_plan(problem, device, spec, blocks) or uniform

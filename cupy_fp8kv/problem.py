@@ -43,8 +43,21 @@ class Facts(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Paging:
+    """What a paged cache has beside its strides."""
+
+    page_size: int
+    num_pages: int
+    max_rows: int  # of a request; lengths on the device are cut to it
+    block_table_stride: int  # entries from one request's to the next's, in a block table
+
+
+@dataclass(frozen=True)
 class DecodeProblem:
-    """One query token per request over a padded cache. Strides in bytes, cache axes in NHD order without the last."""
+    """One query token per request over a cache. Strides in bytes, cache axes in NHD order without the last.
+
+    Of a paged cache ``kv_len`` is the length to plan for, and the first axis of its strides is that of the pages.
+    """
 
     batch: int
     kv_len: int
@@ -61,6 +74,17 @@ class DecodeProblem:
     window: int = -1  # rows that the window lets through, -1: all
     position: str = "NONE"
     ragged: bool = False  # lengths of their own for the requests
+    paging: Paging | None = None
+
+    @property
+    def layout(self) -> str:
+        """The name in ``layouts.LAYOUTS``."""
+        return "paged" if self.paging else "padded"
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that a request has at most."""
+        return self.paging.max_rows if self.paging else self.kv_len
 
     @property
     def group_size(self) -> int:
@@ -88,8 +112,9 @@ class DecodeProblem:
         )
 
     def __str__(self) -> str:
+        pages = f" in pages of {self.paging.page_size}" if self.paging else ""
         return (
-            f"{self.batch} requests of {self.kv_len} rows, {self.num_qo_heads}/{self.num_kv_heads} heads of "
+            f"{self.batch} requests of {self.kv_len} rows{pages}, {self.num_qo_heads}/{self.num_kv_heads} heads of "
             f"{self.head_dim}, q {self.q_format}, k {self.k_format}, v {self.v_format}"
         )
 
@@ -151,13 +176,13 @@ def check_address(argument: str, address: int) -> None:
         )
 
 
-def formats_of(k: Facts, v: Facts, requested: object) -> tuple[str, str]:
+def formats_of(k: Facts, v: Facts, requested: object, arguments: tuple[str, str] = ("k", "v")) -> tuple[str, str]:
     """The formats of K and V: what ``kv_format`` says of uint8 codes, otherwise what the dtypes carry."""
     pair = requested if isinstance(requested, (tuple, list)) else (requested, requested)
     if len(pair) != 2:
         raise ValueError(f"kv_format: expected one format or a pair (K, V), got {requested!r}")
     names = []
-    for argument, facts, wanted in (("k", k, pair[0]), ("v", v, pair[1])):
+    for argument, facts, wanted in zip(arguments, (k, v), pair, strict=True):
         carried = format_of_dtype(facts.dtype, argument)
         if wanted is not None:
             asked = kv_format(wanted)

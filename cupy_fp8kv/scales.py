@@ -78,8 +78,11 @@ def host_scale(value: Any, argument: str, num_kv_heads: int) -> float | np.ndarr
     return float(values.reshape(())) if values.size == 1 and values.ndim < 2 else values
 
 
-def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library, device: int) -> Scale:
-    """A scale for a kernel on ``device``. An array there is never read by the host; a host array is uploaded."""
+def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library, device: int, like: str = "q") -> Scale:
+    """A scale for a kernel on ``device``. An array there is never read by the host; a host array is uploaded.
+
+    ``like`` names the argument whose library and device they are.
+    """
     if value is None:
         return NO_SCALE
     if is_number(value):
@@ -96,9 +99,9 @@ def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library,
         value, address = upload(library, values, device)
         return Scale(1.0, address, 1, value)
     if source is not library:
-        raise TypeError(f"{argument}: expected an array of {library.name} like q, got one of {source.name}")
+        raise TypeError(f"{argument}: expected an array of {library.name} like {like}, got one of {source.name}")
     if facts.device != device:
-        raise ValueError(f"{argument}: expected an array on device {device} like q, got device {facts.device}")
+        raise ValueError(f"{argument}: expected an array on device {device} like {like}, got device {facts.device}")
     if facts.dtype != "float32" or (count > 1 and facts.strides != (4,)):
         refuse_capture(library.stream(device), argument, "contiguous float32")
         value = source.as_float32(value)

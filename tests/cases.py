@@ -142,7 +142,7 @@ SPLIT_CASES: dict[str, tuple[Case, Callable[[Plan], bool]]] = {
     "many": (Case(kv_len=40_000, group=4, seed=3), lambda plan: plan.splits > 100),
     "many_for_wide_groups": (Case(kv_len=9000, group=128, v="f16", seed=4), lambda plan: plan.splits > 8),
     "waves": (
-        Case(batch=61, num_kv_heads=9, kv_len=1536, head_dim=16, seed=5),
+        Case(batch=70, num_kv_heads=9, kv_len=1536, head_dim=16, seed=5),
         lambda plan: plan.grid > 528 and plan.splits > 1,
     ),
     "empty": (

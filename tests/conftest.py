@@ -11,6 +11,11 @@ from cupy_fp8kv.tuning import store
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=100, help="random paged problems that GPU tests run")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="the seed of the first of them")
+
+
 def pytest_collection_modifyitems(items):
     problem = cupy_problem()
     if problem:

@@ -257,6 +257,12 @@ def _maxima(x: Array) -> Array:
     return out
 
 
+def _sums(x: Array) -> Array:
+    out = np.zeros(len(x), np.uint64)
+    np.add.at(out, np.arange(len(x)) % 64, x[:, 0])
+    return out.view(np.uint32).reshape(-1, 2)
+
+
 def _swapped(partners: Array) -> Callable[[Array], Array]:
     return lambda x: x.reshape(-1, len(partners))[:, partners].reshape(-1, 1)
 
@@ -359,6 +365,7 @@ FUNCTIONS = [
         "u32 v[4]; ptx::load_once<16>(v, reinterpret_cast<const u8*>(in));\n"
         "        for (int j = 0; j < 4; j++) out[j] = v[j];", 4, 4, "load_once<16>",
     ),
+    _load("out[0] = ptx::load_4(in);", 1, 1, "load_4"),
     _load("const uint2 v = ptx::load_8(in);\n        out[0] = v.x, out[1] = v.y;", 2, 2, "load_8"),
     *(_mma(name, dtype, integers) for name, dtype in (("f16", F16), ("bf16", BF16)) for integers in (True, False)),
     Function("transpose_8x8", 1, 1, "out[0] = ptx::transpose_8x8(in[0]);", words(1), _transposed),
@@ -419,6 +426,10 @@ FUNCTIONS = [
         "shuffle", 2, 1, "out[0] = ptx::float_bits(ptx::shuffle(ptx::bits_float(in[0]), in[1] & 31));", words(2),
         _shuffled(lambda lanes: lanes & 31),
     ),
+    Function(
+        "shuffle of words", 2, 1, "out[0] = ptx::shuffle(in[0], static_cast<int>(in[1] & 31));", words(2),
+        _shuffled(lambda lanes: lanes & 31),
+    ),
     *(
         Function(
             f"shuffle_xor {mask}", 2, 1, f"out[0] = ptx::float_bits(ptx::shuffle_xor(ptx::bits_float(in[0]), {mask}));",
@@ -434,6 +445,9 @@ FUNCTIONS = [
         "sync_warp", 1, 1, _EXCHANGE.format("sync_warp", "threadIdx.x ^ 5"), words(1), _swapped(np.arange(64) ^ 5),
     ),
     Function("atomic_max", 1, 1, "ptx::atomic_max(&p.out[i % 64], in[0]);", words(1), _maxima),
+    Function(
+        "atomic_add", 1, 2, "ptx::atomic_add(reinterpret_cast<u64*>(p.out) + i % 64, in[0]);", words(1), _sums,
+    ),
     Function(
         "wait_for_previous_kernel, let_next_kernel_start", 1, 1,
         "ptx::let_next_kernel_start();\n        ptx::wait_for_previous_kernel();\n        out[0] = in[0];", words(1),

@@ -35,6 +35,13 @@ DEVICE void load_once(u32* dst, const u8* src) {
     }
 }
 
+// A word that neighbouring warps ask for too.
+DEVICE u32 load_4(const void* src) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(src));
+    return v;
+}
+
 DEVICE uint2 load_8(const void* src) {
     uint2 v;
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(src));
@@ -227,6 +234,7 @@ DEVICE u32 sum_of_lanes(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
 DEVICE u32 ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 DEVICE u32 shuffle_word(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE void sync_threads() { __syncthreads(); }
 // The first COUNT threads of the CTA meet: whole warps, the others do not take part.
@@ -237,6 +245,7 @@ DEVICE void sync_first() {
 DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE void atomic_max(u32* address, u32 value) { atomicMax(address, value); }
+DEVICE void atomic_add(u64* address, u64 value) { atomicAdd(address, value); }
 
 // Programmatic dependent launch (sm_90 and later): a kernel launched with that attribute starts while the one before it
 // still runs, and waits here until that one's writes are visible. Without the attribute both do nothing.

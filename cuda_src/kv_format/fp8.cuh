@@ -23,6 +23,11 @@ struct Fp8Format {
         Format::decode_word(ptx::permute_bytes(a[j / 2], b[j / 2], j % 2 ? 0x7362 : 0x5140), pairs);
     }
 
+    // Four neighbouring values from floats.
+    static DEVICE void store_4(u8* to, const float4& x) {
+        *reinterpret_cast<u32*>(to) = Format::encode_pair(x.x, x.y) | Format::encode_pair(x.z, x.w) << 16;
+    }
+
     // Value of code number `index` (0..3) in a word of codes.
     static DEVICE float value(u32 word, int index) {
         u32 pairs[2];

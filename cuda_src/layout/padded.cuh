@@ -27,6 +27,18 @@ struct StridedRows {
 };
 
 struct PaddedLayout {
+    // Where a tile's rows lie follows from their numbers.
+    static constexpr bool kLooksUp = false;
+
+    template <int SUBTILES>
+    struct Places {
+        DEVICE Places(const DecodeParams&, int, const RowRange&, const Lane&) {}
+        DEVICE void ask(int) {}
+        DEVICE void find(int, int) {}
+        DEVICE StridedRows of_k(const StridedRows& rows, int) const { return rows; }
+        DEVICE StridedRows of_v(const StridedRows& rows, int) const { return rows; }
+    };
+
     // A length on the device cannot be checked before the launch: what lies outside the cache is cut off here.
     static DEVICE int kv_len(const DecodeParams& p, int request) {
         return p.kv_lens ? max_of(0, min_of(p.kv_lens[request], p.kv_len)) : p.kv_len;

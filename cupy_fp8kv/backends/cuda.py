@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..arrays import Library
 from ..jit import compiler
 from ..jit.device import device_info, ensure_context, on_device, require_cupy
@@ -9,16 +11,17 @@ from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec, ScheduleSpec
 from ..jit.tensor_map import TensorMaps
+from ..paged_problem import paging_fields
 from ..plan import Plan, least_turns, plan_decode
 from ..problem import DecodeProblem
 from ..tuning.store import tuned_plan
 
 #: Fields of DecodeParams that change from call to call.
-_DECODE_LEADING = 19
+_DECODE_LEADING = 21
 #: Where K stands among the values of a call; V follows. And where lengths and window stand.
 _K_VALUE = 4
 _KV_LENS_VALUE = 6
-_WINDOW_VALUE = 13
+_WINDOW_VALUE = 15
 #: CTAs of a merge behind a work list.
 _MERGES_PER_SM = 8
 #: Fields of QuantizeParams likewise.
@@ -47,15 +50,16 @@ class PreparedDecode:
             v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            kv_len=problem.kv_len, group_size=problem.group_size, head_dim=problem.head_dim,
+            kv_len=problem.max_rows, group_size=problem.group_size, head_dim=problem.head_dim,
             num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages,
             batch=problem.batch, most_split=plan.bounds.split_requests if plan.bounds else 0,
             least_turns=least_turns(plan.spec),
             **divisors(
                 head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
                 splits=plan.splits, list_parts=plan.bounds.parts if plan.bounds else 1,
-                turn_rows=plan.spec.turn_rows,
+                turn_rows=plan.spec.turn_rows, page_size=problem.paging.page_size if problem.paging else 1,
             ),
+            **paging_fields(problem),
         )  # fmt: skip
         merged = plan.bounds.split_requests if plan.bounds else problem.batch * (plan.splits > 1)
         self._params = params
@@ -74,19 +78,28 @@ class PreparedDecode:
             merge_grid = min(heads, _MERGES_PER_SM * self.info.sm_count) if plan.bounds else heads
             self._merge = Launch(compiler.load(merge, device), merge_grid, params, dependent=True)
 
-    def run(self, library: Library, values: tuple[int | float, ...], work_list: int = 0) -> None:
+    def run(
+        self,
+        library: Library,
+        values: tuple[int | float, ...],
+        work_list: int = 0,
+        workspace: tuple[Any, int] | None = None,
+    ) -> None:
         """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``.
 
         ``work_list``: where ``schedule`` has left one; without, a plan that needs it makes its own.
+        ``workspace``: something that holds ``plan.workspace`` bytes or more, and their address; None: ours.
         """
         ensure_context(self._runtime, self.device)
         if self._current_device() == self.device:
-            self._run(library, values, work_list)
+            self._run(library, values, work_list, workspace)
         else:
             with on_device(self._runtime, self.device):
-                self._run(library, values, work_list)
+                self._run(library, values, work_list, workspace)
 
-    def _run(self, library: Library, values: tuple[int | float, ...], work_list: int) -> None:
+    def _run(
+        self, library: Library, values: tuple[int | float, ...], work_list: int, workspace: tuple[Any, int] | None
+    ) -> None:
         plan = self.plan
         if plan.grid == 0:
             return
@@ -101,7 +114,7 @@ class PreparedDecode:
         # What the workspace's owner frees when this returns is freed in the order of the stream.
         list_bytes = 0 if work_list else plan.workspace_list
         size = list_bytes + plan.workspace_out + plan.workspace_state
-        _workspace, address = library.workspace(size, self.device, stream)
+        _workspace, address = workspace or library.workspace(size, self.device, stream)
         partial_out = address + list_bytes
         with params.lock:
             params.write(partial_out, partial_out + plan.workspace_out, work_list or address, *values)

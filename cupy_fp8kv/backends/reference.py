@@ -164,6 +164,22 @@ class SoftmaxState:
         return out, lse * math.log2(math.e) if lse_base == "2" else lse
 
 
+def merge_states(v: Array, s: Array, lse_base: str = "2", compute_dtype: Any = np.float32) -> tuple[Array, Array]:
+    """The states ``(v[n, states, H, D], s[n, states, H])`` merged to ``v[n, H, D]`` and ``s[n, H]``.
+
+    ``v`` is the mean of values that attention over some rows gives, ``s`` the log-sum-exp of their logits, base
+    ``"2"`` or ``"e"``. ``s = -inf`` says that there are no rows: such a state is neutral, whatever its v holds.
+    """
+    with np.errstate(all="ignore"):
+        m = s.astype(compute_dtype) * (math.log(2.0) if lse_base == "2" else 1.0)
+        empty = m == -np.inf
+        o = np.where(empty[..., None], 0, v.astype(compute_dtype))
+        total = SoftmaxState.empty((s.shape[0], s.shape[2]), v.shape[3], compute_dtype)
+        for i in range(s.shape[1]):
+            total = total.merge(SoftmaxState(o[:, i], m[:, i], np.where(empty[:, i], 0, np.ones_like(m[:, i]))))
+        return total.finish(lse_base)
+
+
 def _origin(m: Array) -> Array:
     """What to subtract from logits whose maximum is ``m``; an empty state has none (and -inf - -inf would be NaN)."""
     return np.where(m == -np.inf, np.zeros_like(m), m)

@@ -9,9 +9,21 @@ from typing import Any
 
 from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
-from ..problem import MAX_HEAD_DIM, DecodeProblem
+from ..layouts import LAYOUTS
+from ..problem import MAX_HEAD_DIM, DecodeProblem, Paging
 from ..tuning.options import spec_options
-from .spec import SCHEDULES, DecodeSpec, MergeSpec, QuantizeSpec, ScheduleSpec, Spec
+from .spec import (
+    SCHEDULES,
+    AppendSpec,
+    CheckTablesSpec,
+    DecodeSpec,
+    MergeSpec,
+    MergeStatesSpec,
+    PagesSpec,
+    QuantizeSpec,
+    ScheduleSpec,
+    Spec,
+)  # fmt: skip
 
 _Q_FORMATS = ("f16", "bf16")
 _HEAD_DIMS = tuple(range(16, MAX_HEAD_DIM + 1, 16))
@@ -19,6 +31,8 @@ _COMMON_HEAD_DIMS = (64, 128, 256)
 #: Group sizes by the column tiles they take.
 _GROUPS = {1: range(1, 9), 2: range(9, 17)}
 _VALUE_DTYPES = ("float16", "bfloat16", "float32")
+#: Bytes that pages.cu moves at a time: of caches, and of scales beside them.
+PAGE_WORDS = (16, 4)
 _QUANTIZE_ENTRIES = ("amax", "scales", "quantize", "dequantize")
 #: Shared memory that a CTA may ask for where it is most.
 _MOST_SHARED = 227 << 10
@@ -26,14 +40,17 @@ _MOST_SHARED = 227 << 10
 _HARDWARE_FP8_ARCH = 89
 
 
-def _problem(q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool) -> DecodeProblem:
+def _problem(
+    q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool = False, layout: str = "padded"
+) -> DecodeProblem:
     """A problem as an ordinary NHD cache of eight heads poses it, with lengths of their own for the requests."""
     batch, rows, heads = 16, 4096, 8
+    paging = Paging(16, 1, rows, 0) if layout == "paged" else None
     k_row, v_row = (heads * head_dim * KV_FORMATS[name].itemsize for name in (k, v))
     return DecodeProblem(
         batch, rows, heads * group_size, heads, head_dim, q, k, v, (heads * group_size * head_dim * 2, head_dim * 2),
         (rows * k_row, k_row, k_row // heads), (rows * v_row, v_row, v_row // heads), soft_cap,
-        ragged=True,
+        ragged=True, paging=paging,
     )  # fmt: skip
 
 
@@ -66,46 +83,58 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
-def _by_schedule(
-    q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool, arch: int
-) -> dict[str, list[DecodeSpec]]:
-    found = plan.specs(_problem(q, k, v, head_dim, group_size, soft_cap), arch)
+def _by_schedule(problem: DecodeProblem, arch: int) -> dict[str, list[DecodeSpec]]:
+    found = plan.specs(problem, arch)
     return {name: [spec for spec in found if spec.schedule == name] for name in SCHEDULES}
 
 
 def _pairwise_decode(arch: int) -> list[DecodeSpec]:
     factors: dict[str, Sequence[Any]] = {
         "head_dim": _HEAD_DIMS, "k": tuple(KV_FORMATS), "v": tuple(KV_FORMATS),
-        "cta_shape": range(len(_by_schedule("f16", "e4m3", "e4m3", 128, 1, False, arch)["uniform"])),
+        "cta_shape": range(len(_by_schedule(_problem("f16", "e4m3", "e4m3", 128, 1), arch)["uniform"])),
         "schedule": tuple(SCHEDULES),
         "q": _Q_FORMATS, "column_tiles": tuple(_GROUPS), "soft_cap": (False, True),
-        "software_fp8": (False, True),
+        "software_fp8": (False, True), "layout": tuple(LAYOUTS),
     }  # fmt: skip
     hardware = arch >= _HARDWARE_FP8_ARCH
     found = []
     for index, row in enumerate(pairwise(factors)):
         groups = _GROUPS[row["column_tiles"]]
-        shapes = _by_schedule(
-            row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"], arch
-        )[row["schedule"]]
+        problem = _problem(
+            row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"], row["layout"]
+        )  # fmt: skip
+        shapes = _by_schedule(problem, arch)[row["schedule"]]
+        if not shapes:  # work lists are of padded caches
+            shapes = _by_schedule(problem, arch)["uniform"]
         found.append(replace(shapes[row["cta_shape"] % len(shapes)], software_fp8=row["software_fp8"] and hardware))
     return found
 
 
 def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arch: int) -> list[DecodeSpec]:
-    """Every CTA shape of every combination; with a work list, which compiles much alike, one of them in turn."""
+    """Every CTA shape of every combination; with a work list, which compiles much alike, one of them in turn.
+
+    Over pages one, since all of them have the same registers.
+    """
     found = []
     combinations = itertools.product(pairs, _Q_FORMATS, head_dims, _GROUPS.values())
     for index, ((k, v), q, head_dim, groups) in enumerate(combinations):
-        shapes = _by_schedule(q, k, v, head_dim, groups[-1], False, arch)
+        shapes = _by_schedule(_problem(q, k, v, head_dim, groups[-1]), arch)
         found += [*shapes["uniform"], shapes["listed"][index % len(shapes["listed"])]]
+        if q == "f16":
+            found += plan.specs(_problem(q, k, v, head_dim, groups[-1], layout="paged"), arch)[:1]
     return found
 
 
 def _others() -> list[Spec]:
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
-    merges = itertools.product(_Q_FORMATS, SCHEDULES)
-    return [*(MergeSpec(*one) for one in merges), ScheduleSpec(), *(QuantizeSpec(*chosen) for chosen in quantize)]
+    return [
+        CheckTablesSpec(), ScheduleSpec(),
+        *(MergeSpec(*one) for one in itertools.product(_Q_FORMATS, SCHEDULES)),
+        *(QuantizeSpec(*chosen) for chosen in quantize),
+        *(MergeStatesSpec(dtype) for dtype in _VALUE_DTYPES),
+        *(PagesSpec(entry, word) for entry in ("copy_pages", "gather") for word in PAGE_WORDS),
+        *(AppendSpec(dtype, stored) for dtype in ("", *_VALUE_DTYPES) for stored in KV_FORMATS),
+    ]  # fmt: skip
 
 
 def covering_specs(arch: int) -> list[Spec]:

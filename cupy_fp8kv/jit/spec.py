@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..formats import KV_FORMATS, kv_format
+from ..layouts import LAYOUTS
 from ..positions import POSITION_MODES
 from . import sources
 
@@ -42,6 +43,7 @@ class DecodeSpec:
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
+    layout: str = "padded"
 
     entry = "decode"
 
@@ -75,8 +77,14 @@ class DecodeSpec:
     @property
     def _most_registers(self) -> tuple[int, int, int]:
         # Measured with NVRTC 12.9 over sm_80 to sm_120. K of two bytes is not converted, so it stays in its registers
-        # until the products are done: asking for more of it right after them spills early.
-        return 183, 222 if KV_FORMATS[self.k].is_fp8 else 0, 232
+        # until the products are done: asking for more of it right after them spills early. Rows that are looked up take
+        # a few registers more where K or V is wide, and so do the two terms of a weight where V is BF16.
+        k_is_fp8, v_is_fp8 = (KV_FORMATS[name].is_fp8 for name in (self.k, self.v))
+        if self.layout == "padded":
+            return 183, 222 if k_is_fp8 else 0, 232
+        if k_is_fp8:
+            return (183, 216, 232) if v_is_fp8 else (180, 200, 200)
+        return (160, 0, 216) if self.v == "bf16" else (172, 0, 220)
 
     @property
     def tile_rows(self) -> int:
@@ -122,12 +130,12 @@ class DecodeSpec:
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
         headers = [_header(name) for name in (self.q, self.k, self.v)]
-        headers += ["scale/head.cuh", "layout/padded.cuh", f"position/{position_header}.cuh"]
+        headers += ["scale/head.cuh", f"layout/{self.layout}.cuh", f"position/{position_header}.cuh"]
         headers += [f"schedule/{self.schedule}.cuh"]
         roles = (("QFormat", self.q), ("KFormat", self.k), ("VFormat", self.v))
         lines = [f"using {role} = {KV_FORMATS[name].policy};" for role, name in roles]
-        lines += ["using Scale = HeadScale;", "using Layout = PaddedLayout;", f"using Position = {position};"]
-        lines += [f"using Schedule = {SCHEDULES[self.schedule]};"]
+        lines += ["using Scale = HeadScale;", f"using Layout = {LAYOUTS[self.layout]};"]
+        lines += [f"using Position = {position};", f"using Schedule = {SCHEDULES[self.schedule]};"]
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
             kHeads=self.heads, kHasRing=self.stages > 0, kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
@@ -143,8 +151,9 @@ class DecodeSpec:
         """What the kernel is; how many stages a ring has is not part of it."""
         flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))
         position = "" if self.position == "NONE" else f" {self.position}"
+        layout = "" if self.layout == "padded" else f" {self.layout}"
         ring = f" ring heads={self.heads}" if self.stages else ""
-        how = f"{ring}{_named(self.schedule)}{position}{flags}"
+        how = f"{ring}{layout}{_named(self.schedule)}{position}{flags}"
         return (
             f"decode[q={self.q} k={self.k} v={self.v} d={self.head_dim} columns={8 * self.column_tiles} "
             f"rows={self.tile_rows} warps={self.warps}x{self.ctas_per_sm}{how}]"
@@ -204,9 +213,8 @@ class QuantizeSpec:
     shared_bytes = 0
 
     def source(self) -> str:
-        values = {"float32": "F32"}.get(self.values) or kv_format(self.values).policy
-        header = "base/f32.cuh" if values == "F32" else _header(values.lower())
-        lines = [f"using Values = {values};", f"using Codes = {KV_FORMATS[self.codes].policy};"]
+        header, policy = _value_policy(self.values)
+        lines = [f"using Values = {policy};", f"using Codes = {KV_FORMATS[self.codes].policy};"]
         title = f"quantize[values={self.values} codes={self.codes}]"
         text = sources.render(title, [header, _header(self.codes)], lines, "quantize.cu")
         return _software(self.software_fp8) + text
@@ -215,11 +223,98 @@ class QuantizeSpec:
         return f"{self.entry}[values={self.values} codes={self.codes}{' software_fp8' if self.software_fp8 else ''}]"
 
 
-Spec = DecodeSpec | MergeSpec | ScheduleSpec | QuantizeSpec
+@dataclass(frozen=True)
+class MergeStatesSpec:
+    """One compiled ``cuda_src/merge_states.cu``, by the type of the values."""
+
+    values: str
+
+    entry = "merge_given"
+    threads = 256
+    shared_bytes = 0
+
+    def source(self) -> str:
+        header, policy = _value_policy(self.values)
+        return sources.render(str(self), [header], [f"using Values = {policy};"], "merge_states.cu")
+
+    def __str__(self) -> str:
+        return f"merge_states[values={self.values}]"
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    """One compiled ``cuda_src/append.cu``: dtype of what comes in and format of the cache, or bytes as they are."""
+
+    values: str  # a dtype; "" copies elements
+    stored: str
+    software_fp8: bool = False
+
+    entry = "append"
+    threads = 256
+    shared_bytes = 0
+
+    def source(self) -> str:
+        fmt = KV_FORMATS[self.stored]
+        headers = ["row_writer.cuh"]
+        writer = f"CopyBytes<{fmt.itemsize}>"
+        if self.values:
+            header, policy = _value_policy(self.values)
+            headers += [header, _header(fmt.name)]
+            writer = f"Convert<{policy}, {fmt.policy}>"
+        lines = [f"using Writer = {writer};", f"constexpr float kStoredMax = {fmt.max!r}f;"]
+        lines += [f"constexpr float kLargestRounded = {fmt.largest_rounded!r}f;"]
+        return _software(self.software_fp8) + sources.render(str(self), headers, lines, "append.cu")
+
+    def __str__(self) -> str:
+        software = " software_fp8" if self.software_fp8 else ""
+        return f"append[values={self.values or 'as stored'} cache={self.stored}{software}]"
+
+
+@dataclass(frozen=True)
+class PagesSpec:
+    """One kernel of ``cuda_src/pages.cu``: ``entry`` is ``copy_pages`` or ``gather``."""
+
+    entry: str
+    word_bytes: int
+
+    threads = 128
+    shared_bytes = 0
+
+    def source(self) -> str:
+        return sources.render(f"pages[word={self.word_bytes}]", [], _constants(kWordBytes=self.word_bytes), "pages.cu")
+
+    def __str__(self) -> str:
+        return f"{self.entry}[word={self.word_bytes}]"
+
+
+@dataclass(frozen=True)
+class CheckTablesSpec:
+    """The compiled ``cuda_src/check_tables.cu``."""
+
+    entry = "check_tables"
+    threads = 128
+    shared_bytes = 0
+
+    def source(self) -> str:
+        return sources.render(str(self), [], [], "check_tables.cu")
+
+    def __str__(self) -> str:
+        return "check_tables[]"
+
+
+Spec = DecodeSpec | MergeSpec | ScheduleSpec | QuantizeSpec | MergeStatesSpec | AppendSpec | PagesSpec | CheckTablesSpec
 
 
 def _named(schedule: str) -> str:
     return "" if schedule == "uniform" else f" {schedule}"
+
+
+def _value_policy(dtype: str) -> tuple[str, str]:
+    """Header and C++ type of floats that are read or written, by the name of their dtype."""
+    if dtype == "float32":
+        return "base/f32.cuh", "F32"
+    fmt = kv_format(dtype)
+    return _header(fmt.name), fmt.policy
 
 
 def _software(on: bool) -> str:

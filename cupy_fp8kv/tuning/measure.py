@@ -56,7 +56,9 @@ class Call:
                     "q: expected an array on a CUDA device, like those of the calls to come, got a host one"
                 )
             instead = copy.copy(prepared)
-            instead.run = lambda library, values, work_list: found.extend((prepared.problem, prepared.device, values))
+            instead.run = lambda library, values, work_list, workspace: found.extend(
+                (prepared.problem, prepared.device, values)
+            )
             return instead
 
         results = dispatch.decode(**arguments, probe=probe)

@@ -250,13 +250,18 @@ def test_pairwise_covers_every_pair_with_few_choices():
 @pytest.mark.parametrize("arch", [80, 90])
 def test_covering_set(arch):
     specs = covering.covering_specs(arch)
-    assert specs == covering.covering_specs(arch) and len(set(specs)) == len(specs) < 450
+    assert specs == covering.covering_specs(arch) and len(set(specs)) == len(specs) < 500
     decode = [spec for spec in specs if spec.entry == "decode"]
     assert {spec.head_dim for spec in decode} == set(range(16, 257, 16))
     assert {(spec.k, spec.v) for spec in decode} == {(k, v) for k in KV_FORMATS for v in KV_FORMATS}
     assert any(spec.software_fp8 for spec in decode) == (arch >= 89)
+    paged = [spec for spec in decode if spec.layout == "paged"]
+    assert {spec.head_dim for spec in paged} == set(range(16, 257, 16))
+    assert {spec.q for spec in paged} == {"f16", "bf16"}
+    assert {spec.k for spec in paged} == set(KV_FORMATS) == {spec.v for spec in paged}
     assert {spec.entry for spec in specs} == {
-        "decode", "schedule", "merge", "amax", "scales", "quantize", "dequantize",
+        "decode", "schedule", "merge", "amax", "scales", "quantize", "dequantize", "check_tables", "merge_given",
+        "append", "copy_pages", "gather",
     }  # fmt: skip
     for entry in ("decode", "merge"):
         assert {spec.schedule for spec in specs if spec.entry == entry} == {"uniform", "listed"}

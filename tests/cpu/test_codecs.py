@@ -136,6 +136,15 @@ def test_rounding_beyond_the_range_saturates(fmt):
     np.testing.assert_array_equal(encode(values.astype(np.float32), fmt), BITS[fmt.name][2])
 
 
+@pytest.mark.parametrize("fmt", KV_FORMATS.values(), ids=str)
+def test_what_still_rounds_to_the_largest_value(fmt):
+    """Against ml_dtypes, which does not saturate: the next float is NaN or infinite."""
+    last = np.float32(fmt.largest_rounded)
+    with np.errstate(over="ignore"):
+        beyond = np.nextafter(last, np.float32(np.inf)).astype(fmt.dtype)
+    assert float(last.astype(fmt.dtype)) == fmt.max and not np.isfinite(beyond.astype(np.float32))
+
+
 @FORMATS
 def test_encode_keeps_shape_and_takes_views(fmt):
     values = np.random.default_rng(0).standard_normal((6, 4, 10), np.float32)

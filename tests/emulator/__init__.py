@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_fp8kv import arrays, dispatch
+from cupy_fp8kv import arrays, dispatch, operands
 from cupy_fp8kv.backends import cuda
 from cupy_fp8kv.jit import compiler, launch, sources, tensor_map
 from cupy_fp8kv.jit import device as jit_device
@@ -273,11 +273,20 @@ class Emulator:
             patch.setattr(launch, "launch_kernel", lambda: self.launch_kernel)
             patch.setattr(launch, "device_info", lambda index: DEVICE)
             patch.setattr(cuda, "device_info", lambda index: DEVICE)
+            patch.setattr(jit_device, "device_info", lambda index: DEVICE)
+            patch.setattr(jit_device, "has_gpu", lambda: True)
             patch.setattr(tensor_map, "encode_tiled", _encode_tiled)
             for module in (cuda, jit_device):
                 patch.setattr(module, "require_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
             for module in (dispatch, importlib.import_module("cupy_fp8kv.quantize")):
                 patch.setattr(module, "has_gpu", lambda: True)
-            dispatch._prepared.clear()
+            _forget_calls()
             yield self
-        dispatch._prepared.clear()
+        _forget_calls()
+
+
+def _forget_calls() -> None:
+    """What is kept of a kind of call holds launches, which go where they were made to go."""
+    dispatch._prepared.clear()
+    for kinds in operands.Kinds.everything:
+        kinds.clear()

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import toolchain
 
-FILES = (
-    "test_emulator.py", "test_emulator_ring.py", "test_emulator_schedule.py", "test_emulator_options.py",
-    "test_emulator_bugs.py", "test_emulator_ptx.py",
-)  # fmt: skip
+PARTS = ("", "_ring", "_schedule", "_options", "_paged", "_cache", "_bugs", "_ptx")
+FILES = tuple(f"test_emulator{part}.py" for part in PARTS)
 
 
 def main(arguments: list[str]) -> None:

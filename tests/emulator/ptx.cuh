@@ -21,6 +21,13 @@ DEVICE void load_once(u32* dst, const u8* src, CALL_SITE) {
     memcpy(dst, src, BYTES);
 }
 
+DEVICE u32 load_4(const void* src, CALL_SITE) {
+    emulator::check_read(src, 4, at);
+    u32 v;
+    memcpy(&v, src, 4);
+    return v;
+}
+
 DEVICE uint2 load_8(const void* src, CALL_SITE) {
     emulator::check_read(src, 8, at);
     uint2 v;
@@ -112,6 +119,7 @@ DEVICE u32 sum_of_lanes(u32 x, CALL_SITE) { return emulator::sum_of_lanes(x, at)
 DEVICE u32 ballot(bool predicate, CALL_SITE) { return emulator::ballot(predicate, at); }
 DEVICE u32 shuffle_word(u32 x, int lane, CALL_SITE) { return emulator::shuffle(x, lane, at); }
 DEVICE float shuffle(float x, int lane, CALL_SITE) { return bits_float(emulator::shuffle(float_bits(x), lane, at)); }
+DEVICE u32 shuffle(u32 x, int lane, CALL_SITE) { return emulator::shuffle(x, lane, at); }
 DEVICE float shuffle_xor(float x, int mask, CALL_SITE) {
     return shuffle(x, static_cast<int>(threadIdx.x % 32) ^ mask, at);
 }
@@ -128,6 +136,11 @@ DEVICE void atomic_max(u32* address, u32 value) {
     constexpr int kOrder = __ATOMIC_RELAXED;
     while (old < value && !__atomic_compare_exchange_n(address, &old, value, true, kOrder, kOrder)) {
     }
+}
+
+DEVICE void atomic_add(u64* address, u64 value) {
+    emulator::publish(address);
+    __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 // Kernels follow each other: one starts when the one before it has ended.

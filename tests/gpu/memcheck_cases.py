@@ -5,11 +5,15 @@ Every array is an allocation of its own, exactly as large as it is, so that an a
 
 import dataclasses
 
+import appends
+import merges
+import moves
 import numpy as np
 import pytest
 from cases import Case, build
 from gpu_support import cp, to_cupy, to_host
 from listed import HUGE_AND_SMALL, lists_everywhere
+from paged_cases import build_paged, paged
 
 import cupy_fp8kv
 from cupy_fp8kv import dispatch
@@ -24,6 +28,15 @@ CASES = [
     Case(head_dim=64, group=8, kv_len=4000, window_left=2999, given_out=True, view="padded"),
     Case(head_dim=240, group=33, num_kv_heads=3, batch=2, kv_len=47, view="transposed", k="bf16"),
     Case(head_dim=48, group=3, kv_len=0, batch=2),
+]
+
+
+PAGED_CASES = [
+    paged(16, group=4, num_kv_heads=2, batch=3, kv_len=77, lens=(77, 0, 16)),
+    paged(1, "pair", "blocks", group=3, num_kv_heads=2, batch=2, kv_len=40, lens=(40, 17), layout="HND"),
+    paged(5, head_dim=32, group=7, batch=2, kv_len=600, lens=(600, 1), window_left=100),
+    paged(64, head_dim=256, group=12, batch=1, kv_len=2000, lens=(1999,), k="f16", v="f16", view="padded"),
+    paged(3, "pair", head_dim=64, group=5, batch=2, kv_len=70, lens=(70, 69), k="bf16", v="e5m2", view="transposed"),
 ]
 
 
@@ -42,6 +55,27 @@ def check(case, software):
     arrays.check(to_host(out), to_host(lse))
 
 
+def beside_decode():
+    """Appends, moves of pages and merges; how many."""
+    cases = appends.pairwise_cases()[::6]
+    for case in cases:
+        problem = appends.build(case).to(lambda x: to_cupy(np.ascontiguousarray(x)))
+        problem.call()
+        problem.check(lambda x: np.ascontiguousarray(to_host(x)))
+    for case in (moves.CASES[1], moves.CASES[7], moves.CASES[10]):
+        pool = moves.build(case).to(lambda x: to_cupy(np.ascontiguousarray(x)))
+        k, _, *_ = cupy_fp8kv.gather(
+            pool.cache, pool.indptr, pool.indices, pool.last, case.layout, max_kv_len=53, **pool.scales
+        )
+        assert (to_host(k) == pool.padded("k", 53)).all()
+        cupy_fp8kv.copy_pages(pool.cache, [0, 1], [2, 3], case.layout, **pool.scales)
+    for shape in ((5, 7, 3, 128), (2, 2, 2, 1024)):
+        v, s = merges.states(shape, "float16")
+        merged = cupy_fp8kv.merge_states(to_cupy(v), to_cupy(s))
+        merges.check(*map(to_host, merged), *merges.merged(v, s), "float16")
+    return len(cases) + 5
+
+
 def main():
     cp.cuda.set_allocator(None)
     done = 0
@@ -49,6 +83,10 @@ def main():
         for software in (False, True) if case.head_dim in (128, 80) else (False,):
             check(case, software)
             done += 1
+    for case in PAGED_CASES:
+        arrays = build_paged(case)
+        out, lse = arrays.to(to_cupy).call()
+        arrays.check(to_host(out), to_host(lse))
     with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
         check(HUGE_AND_SMALL, False)
         done += 1
@@ -62,6 +100,7 @@ def main():
             for out_dtype in ("float16", "bfloat16", "float32"):
                 assert cupy_fp8kv.dequantize(codes, scale, out_dtype).shape == values.shape
             done += 1
+    done += beside_decode()
     cp.cuda.runtime.deviceSynchronize()
     print(f"ran {done} calls")
 
