@@ -424,12 +424,12 @@ def test_progress_takes_the_place_of_messages(made_up_device, monkeypatch, capsy
     monkeypatch.setattr(compiler, "_SILENT_SECONDS", 0.01)
     made_up_device(lambda code: time.sleep(0.1) or loaded_function())
     told = []
-    compiler.load_all(some, 0, lambda: told.append(threading.current_thread()))
-    assert told == [threading.current_thread()] * len(some) and not capsys.readouterr().err
+    compiler.load_all(SPECS, 0, lambda: told.append(threading.current_thread()))
+    assert told == [threading.current_thread()] * len(SPECS) and not capsys.readouterr().err
     compiler._kernels.clear()
-    compiler.load_all(some, 0)
+    compiler.load_all(SPECS, 0)
     said = capsys.readouterr().err
-    assert all(str(spec) in said for spec in some)
+    assert all(str(spec) in said for spec in SPECS)
 
 
 def test_one_kernel_is_compiled_once_by_many_threads(made_up_device):
