@@ -82,7 +82,7 @@ class PageTables:
         """The same with everything on the host, and checked there."""
         lens, indptr, pages = (table and download_table(table, name) for name, table in self._all)
         assert lens and pages
-        return _checked(self.names, self.page_size, indptr, pages, lens, self.planned_pages)
+        return _checked(self.names, self.page_size, indptr, pages, lens)
 
     @functools.cached_property
     def addresses(self) -> tuple[int, int, int]:
@@ -127,12 +127,8 @@ def read_page_tables(
     last_page_len: Any,
     block_tables: Any = None,
     kv_lens: Any = None,
-    planned_pages: int | None = None,
 ) -> PageTables:
-    """The page tables of a call's arguments, in the one form or the other. TypeError or ValueError for what is wrong.
-
-    ``planned_pages``: how many pages to plan for, instead of what the tables show.
-    """
+    """The page tables of a call's arguments, in either form. TypeError or ValueError for what is wrong."""
     csr = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
     blocks = {"block_tables": block_tables, "kv_lens": kv_lens}
     given = [name for name, value in (csr | blocks).items() if value is not None]
@@ -143,9 +139,9 @@ def read_page_tables(
         )
     if given == list(csr):
         bounds, pages, last = (read_table(value, name, 1) for name, value in csr.items())
-        return _checked(CSR_NAMES, page_size, bounds, pages, last, planned_pages)
+        return _checked(CSR_NAMES, page_size, bounds, pages, last)
     pages, lens = read_table(block_tables, "block_tables", 2), read_table(kv_lens, "kv_lens", 1)
-    return _checked(BLOCK_NAMES, page_size, None, pages, lens, planned_pages)
+    return _checked(BLOCK_NAMES, page_size, None, pages, lens)
 
 
 def _copied(table: Table) -> Table:
@@ -155,25 +151,22 @@ def _copied(table: Table) -> Table:
     return table._replace(values=copy, owner=copy)
 
 
-def _checked(
-    names: tuple[str, ...], page_size: int, indptr: Table | None, pages: Table, lens: Table, planned: int | None
-) -> PageTables:
+def _checked(names: tuple[str, ...], page_size: int, indptr: Table | None, pages: Table, lens: Table) -> PageTables:
     batch = lens.shape[0]
+    used = None
     if indptr is not None:
-        known = check_csr(indptr, pages, lens, batch, page_size, names)
-        shown = -(-pages.shape[0] // max(batch, 1))
+        check_csr(indptr, pages, lens, batch, page_size, names)
+        longest = -(-pages.shape[0] // max(batch, 1))
         if indptr.values is not None:
-            shown = int(np.diff(indptr.values).max(initial=0))
-        used = None
-        if pages.values is not None and indptr.values is not None:
-            used = pages.values[indptr.values[0] : indptr.values[-1]]
+            longest = int(np.diff(indptr.values).max(initial=0))
+            if pages.values is not None:
+                used = pages.values[indptr.values[0] : indptr.values[-1]]
     else:
-        known = check_blocks(pages, lens, batch, page_size, names)
-        shown = pages.shape[1] if known is None else -(-int(known.max(initial=0)) // page_size)
-        used = None
-        if pages.values is not None and lens.values is not None:
-            used = pages.values[np.arange(pages.shape[1]) * page_size < lens.values[:, None]]
-    page_range = None
-    if used is not None and len(used):
-        page_range = int(used.min()), int(used.max())
-    return PageTables(names, page_size, batch, indptr, pages, lens, shown if planned is None else planned, page_range)
+        check_blocks(pages, lens, batch, page_size, names)
+        longest = pages.shape[1]
+        if lens.values is not None:
+            longest = -(-int(lens.values.max(initial=0)) // page_size)
+            if pages.values is not None:
+                used = pages.values[np.arange(pages.shape[1]) * page_size < lens.values[:, None]]
+    page_range = (int(used.min()), int(used.max())) if used is not None and len(used) else None
+    return PageTables(names, page_size, batch, indptr, pages, lens, longest, page_range)

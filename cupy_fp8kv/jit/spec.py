@@ -74,11 +74,13 @@ class DecodeSpec:
     def _most_registers(self) -> tuple[int, int, int]:
         # Measured with NVRTC 12.9 over sm_80 to sm_120. K of two bytes is not converted, so it stays in its registers
         # until the products are done: asking for more of it right after them spills early. Rows that are looked up take
-        # a few registers, and more where V is wide.
+        # a few registers more where K or V is wide, and so do the two terms of a weight where V is BF16.
         k_is_fp8, v_is_fp8 = (KV_FORMATS[name].is_fp8 for name in (self.k, self.v))
         if self.layout == "padded":
             return 190, 222 if k_is_fp8 else 0, 232
-        return 180, (222 if v_is_fp8 else 210) if k_is_fp8 else 0, 232
+        if k_is_fp8:
+            return (190, 216, 232) if v_is_fp8 else (180, 200, 200)
+        return (160, 0, 216) if self.v == "bf16" else (172, 0, 220)
 
     @property
     def tile_rows(self) -> int:

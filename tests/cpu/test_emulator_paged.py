@@ -113,6 +113,27 @@ def test_strides_backwards(emulate):
     run(emulate, case, arrays)
 
 
+@pytest.mark.skipif(MODE != PLAIN, reason="a sanitizer would need memory for its own view of so much memory")
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_pools_of_more_than_2_32_bytes(emulate, layout):
+    """Pages at both ends of a pool that is mostly never touched, and so takes no memory."""
+    case = paged(16, group=2, num_kv_heads=8, batch=2, kv_len=100, lens=(100, 37), layout=layout, seed=5)
+    arrays = build_paged(case)
+    small = arrays.pools[0].base
+    num_pages = (5 << 30) // small[0].nbytes
+    large = emulator.emulated(np.zeros((num_pages, *small.shape[1:]), np.uint8))
+    used = np.arange(len(small))
+    numbers = np.where(used % 2, used, num_pages - 1 - used).astype(np.int32)
+    large[numbers] = small
+    indices = arrays.tables["indices"]
+    there = numbers[np.minimum(indices, used[-1])]
+    tables = arrays.tables | {"indices": np.where(indices == NO_PAGE, NO_PAGE, there).astype(np.int32)}
+    moved = dataclasses.replace(arrays, tables=tables).to(move)
+    out, lse = dataclasses.replace(moved, pools=(Placed(large),)).call()
+    assert large.size > 2**32
+    arrays.check(np.asarray(out), np.asarray(lse))
+
+
 def test_tables_that_claim_too_many_rows_are_cut(emulate):
     """A last page has no more rows than a page, a request no more than its row of the block table, and none below 0."""
     case = paged(16, group=2, batch=3, kv_len=96, lens=(96, 64, 0), seed=6)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import cupy_fp8kv
 from cupy_fp8kv.formats import KV_FORMATS
 from cupy_fp8kv.plan import MAX_COLUMNS, DeviceInfo, plan_decode, specs, split_rows
-from cupy_fp8kv.problem import MAX_GROUP_SIZE, MAX_KV_LEN, DecodeProblem
+from cupy_fp8kv.problem import MAX_GROUP_SIZE, MAX_KV_LEN, DecodeProblem, Paging
 
 KB = 1024
 DEVICES = {
@@ -54,6 +54,7 @@ PROBLEMS = st.builds(
     soft_cap=st.booleans(),
     window=st.one_of(st.just(-1), st.integers(1, 5000)),
     ragged=st.booleans(),
+    paging=st.sampled_from([None, Paging(16, 100, 1 << 20, 0)]),
 )
 ANY_DEVICE = st.sampled_from(list(DEVICES.values()))
 ON_ANY_DEVICE = pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
@@ -120,6 +121,7 @@ def test_every_plan(problem, device):
         problem.q_format, problem.k_format, problem.v_format, problem.head_dim
     )  # fmt: skip
     assert spec.soft_cap == problem.soft_cap and spec.position == problem.position and not spec.software_fp8
+    assert spec.layout == problem.layout
     assert spec in specs(problem, device.arch, device.shared_per_block)
     assert spec.threads == 32 * (spec.warps + (spec.stages > 0)) <= 1024 and spec.warps >= 1
 
