@@ -5,6 +5,9 @@ Every array is an allocation of its own, exactly as large as it is, so that an a
 
 import dataclasses
 
+import appends
+import merges
+import moves
 import numpy as np
 from cases import Case, build
 from gpu_support import cp, to_cupy, to_host
@@ -50,6 +53,27 @@ def check(case, software):
     arrays.check(to_host(out), to_host(lse))
 
 
+def beside_decode():
+    """Appends, moves of pages and merges; how many."""
+    cases = appends.pairwise_cases()[::6]
+    for case in cases:
+        problem = appends.build(case).to(lambda x: to_cupy(np.ascontiguousarray(x)))
+        problem.call()
+        problem.check(lambda x: np.ascontiguousarray(to_host(x)))
+    for case in (moves.CASES[1], moves.CASES[7], moves.CASES[10]):
+        pool = moves.build(case).to(lambda x: to_cupy(np.ascontiguousarray(x)))
+        k, _, *_ = cupy_fp8kv.gather(
+            pool.cache, pool.indptr, pool.indices, pool.last, case.layout, max_kv_len=53, **pool.scales
+        )
+        assert (to_host(k) == pool.padded("k", 53)).all()
+        cupy_fp8kv.copy_pages(pool.cache, [0, 1], [2, 3], case.layout, **pool.scales)
+    for shape in ((5, 7, 3, 128), (2, 2, 2, 1024)):
+        v, s = merges.states(shape, "float16")
+        merged = cupy_fp8kv.merge_states(to_cupy(v), to_cupy(s))
+        merges.check(*map(to_host, merged), *merges.merged(v, s), "float16")
+    return len(cases) + 5
+
+
 def main():
     cp.cuda.set_allocator(None)
     done = 0
@@ -72,6 +96,7 @@ def main():
             for out_dtype in ("float16", "bfloat16", "float32"):
                 assert cupy_fp8kv.dequantize(codes, scale, out_dtype).shape == values.shape
             done += 1
+    done += beside_decode()
     cp.cuda.runtime.deviceSynchronize()
     print(f"ran {done} calls")
 
