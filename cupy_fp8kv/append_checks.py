@@ -45,7 +45,9 @@ class Side:
 
     @property
     def spec(self) -> AppendSpec:
-        return AppendSpec("" if self.copies else self.operand.facts.dtype, self.fmt.name)
+        if self.copies:
+            return AppendSpec.copying(self.fmt.itemsize)
+        return AppendSpec(self.operand.facts.dtype, self.fmt.name)
 
 
 @dataclass(frozen=True)
