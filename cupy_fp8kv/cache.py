@@ -241,7 +241,7 @@ class PagedKVCache:
     def _page_tables(self, layer: int, requests: tuple[Hashable, ...]) -> tuple[Any, Any, Any, Any]:
         """Also the lengths. They are sent once for all layers of a step, in one piece."""
         page_size = self._allocator.page_size
-        lens = [self._allocator.length(request, layer) for request in requests]
+        lens = self._allocator.lengths(requests, layer)
         counts = [-(-n // page_size) for n in lens]
 
         def build() -> np.ndarray:
