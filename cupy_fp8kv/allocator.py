@@ -71,6 +71,10 @@ class PageAllocator:
     def length(self, request: Hashable, layer: int = 0) -> int:
         return self._get(request).lens[layer]
 
+    def lengths(self, requests: Iterable[Hashable], layer: int) -> list[int]:
+        """:meth:`length` of several."""
+        return [self._get(request).lens[layer] for request in requests]
+
     def __contains__(self, request: object) -> bool:
         return request in self._requests
 
@@ -101,20 +105,26 @@ class PageAllocator:
         if len(set(requests)) != len(requests):
             raise ValueError(f"requests: expected each once, got {requests}")
         # All of it is found out first. Of several that leave one shared page, the last to go may keep it.
+        page_size, users = self.page_size, self._users
         new_pages, leaving = 0, dict[int, int]()
+        changes: list[tuple[_Request, int, int]] = []  # the new length, and pages for it
         copies: list[tuple[_Request, int]] = []
         for request, n in counts:
             state = self._get(request)
             if n < 0:
                 raise ValueError(f"counts: expected numbers of rows >= 0, got {n} for request {request!r}")
-            end = state.lens[layer] + n
-            new_pages += max(0, self._pages_for(end) - len(state.pages))
-            if n:
-                for index in range(state.lens[layer] // self.page_size, min(self._pages_for(end), len(state.pages))):
-                    page = state.pages[index]
-                    if self._users[page] - leaving.get(page, 0) > 1:
-                        leaving[page] = leaving.get(page, 0) + 1
-                        copies.append((state, index))
+            if not n:
+                continue
+            pages, start = state.pages, state.lens[layer]
+            reach = -(-(start + n) // page_size)
+            changes.append((state, start + n, reach))
+            if reach > len(pages):
+                new_pages += reach - len(pages)
+            for index in range(start // page_size, min(reach, len(pages))):
+                page = pages[index]
+                if users[page] > 1 and users[page] - leaving.get(page, 0) > 1:
+                    leaving[page] = leaving.get(page, 0) + 1
+                    copies.append((state, index))
         needed = new_pages + len(copies)
         if needed > len(self._free):
             raise OutOfPagesError(
@@ -124,13 +134,12 @@ class PageAllocator:
         pairs = []
         for state, index in copies:
             page = state.pages[index]
-            self._users[page] -= 1
+            users[page] -= 1
             state.pages[index] = self._take()
             pairs.append((page, state.pages[index]))
-        for request, n in counts:
-            state = self._requests[request]
-            state.lens[layer] += n
-            while len(state.pages) < self._pages_for(state.lens[layer]):
+        for state, length, reach in changes:
+            state.lens[layer] = length
+            while len(state.pages) < reach:
                 state.pages.append(self._take())
         if needed:
             self.version += 1

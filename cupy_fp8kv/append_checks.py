@@ -11,8 +11,8 @@ from .arrays import HOST
 from .counters import AppendCounters
 from .formats import Q_DTYPES, KVFormat
 from .jit.spec import AppendSpec
-from .operands import Operand, read_operands
-from .problem import SizeBinder, check_address, check_rows
+from .operands import Operand, check_memory, read_operands
+from .problem import SizeBinder, check_rows
 from .stored_cache import StoredCache
 
 _FLOATS = (*Q_DTYPES, "float32")
@@ -45,7 +45,9 @@ class Side:
 
     @property
     def spec(self) -> AppendSpec:
-        return AppendSpec("" if self.copies else self.operand.facts.dtype, self.fmt.name)
+        if self.copies:
+            return AppendSpec.copying(self.fmt.itemsize)
+        return AppendSpec(self.operand.facts.dtype, self.fmt.name)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _count(operands: list[Operand], cache: StoredCache, equally: bool) -> Count:
         binder.bind(operand.argument, operand.facts.shape, (*lead, "num_kv_heads", "head_dim"))
         check_rows(operand.argument, operand.facts, arrays.numpy_dtype(operand.facts.dtype).itemsize)
         if operand.facts.device != HOST:
-            check_address(operand.argument, operand.address)
+            check_memory(operand)
         steps = operand.strides
         strides.append((steps[0], steps[1] if len(lead) == 2 else 0, steps[-2]))
     count = Count(binder[lead[0]], binder["n"] if len(lead) == 2 else 1, strides)

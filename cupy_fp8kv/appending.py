@@ -63,7 +63,7 @@ def checked(
     """An append of which only the tables are missing. TypeError or ValueError for what does not fit."""
     key, addresses = _read(append_key, append_value, cache, kv_layout, options, padded, equally)
     kind = _kinds.find(key)
-    if kind is not None and not any(address % 16 for address in addresses[:4]):
+    if kind is not None and not any(address % 16 for address in addresses[:4]) and all(addresses[:4]):
         check_scales(options)
         return OnDevice(kind, addresses, options)
     there = StoredCache.of(cache, kv_layout, options.kv_format, padded=padded)

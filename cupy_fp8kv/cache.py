@@ -14,7 +14,7 @@ from .append_checks import Options
 from .append_tables import Paged, Tokens
 from .appending import checked
 from .arrays import HOST
-from .cache_storage import Storage, send
+from .cache_storage import Storage, check_not_captured, send
 from .counters import AppendCounters
 from .decode import batch_decode_with_padded_kv_cache
 from .formats import dtype_name
@@ -162,6 +162,7 @@ class PagedKVCache:
         if not several and len(getattr(k, "shape", ())) == 2:
             k, v = k[None], v[None]
         storage = self._storage
+        check_not_captured(storage.library, storage.device)
         scales = {**storage.scales_of(self._layer(layer)), **storage.token_scales_of(layer)}
         options = Options(**scales, kv_format=storage.format_names, counters=counters)
         # Before the allocator changes anything.
@@ -241,7 +242,7 @@ class PagedKVCache:
     def _page_tables(self, layer: int, requests: tuple[Hashable, ...]) -> tuple[Any, Any, Any, Any]:
         """Also the lengths. They are sent once for all layers of a step, in one piece."""
         page_size = self._allocator.page_size
-        lens = [self._allocator.length(request, layer) for request in requests]
+        lens = self._allocator.lengths(requests, layer)
         counts = [-(-n // page_size) for n in lens]
 
         def build() -> np.ndarray:

@@ -11,7 +11,7 @@ from . import arrays
 from .arrays import HOST, Library
 from .formats import KVFormat
 from .formats import kv_format as format_called
-from .jit.device import has_gpu, require_cupy
+from .jit.device import has_gpu, refuse_capture, require_cupy
 from .layouts import check_kv_layout
 from .scales import is_number, number, scale_library
 
@@ -54,8 +54,15 @@ def resolve_device(device: Any, library: str | None) -> tuple[Library, int]:
     return arrays.library(library), index
 
 
+def check_not_captured(library: Library, device: int) -> None:
+    """RuntimeError while the current stream is captured: a graph would replay the tables of one step."""
+    if device != HOST:
+        refuse_capture(library.stream(device), "PagedKVCache", "no append, and page tables sent before")
+
+
 def send(library: Library, values: np.ndarray, device: int) -> Any:
     """Host values on the device, without waiting for it: by way of pinned memory, on the current stream."""
+    check_not_captured(library, device)
     array = library.from_numpy(values, HOST if library.name == "torch" else device)
     if library.name == "torch" and device != HOST:
         array = array.pin_memory().to(device, non_blocking=True)

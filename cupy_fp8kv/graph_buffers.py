@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import arrays
-from .arrays import HOST
+from .arrays import HOST, device_name
 from .jit.device import refuse_capture
 from .page_tables import PageTables
 from .pages import CSR_NAMES, Table, read_table
@@ -62,16 +62,19 @@ def in_buffers(tables: PageTables, buffers: tuple[Table, ...]) -> PageTables:
 
 
 def fill_buffers(tables: PageTables, buffers: tuple[Table, ...]) -> None:
-    """Copy tables into the buffers, on the current stream."""
+    """Copy tables into the buffers, on the current stream; all of them, or none and an error."""
+    assert tables.indptr is not None
     sources = (tables.indptr, tables.pages, tables.lens)
     for name, source, buffer in zip(CSR_NAMES, sources, buffers, strict=True):
-        assert source is not None
-        library, count = buffer.library, source.shape[0]
+        if source.device == HOST and buffer.device != HOST:
+            refuse_capture(buffer.library.stream(buffer.device), name)
+        elif source.device != HOST and (source.library is not buffer.library or source.device != buffer.device):
+            raise ValueError(
+                f"{name}: expected an array of {buffer.library.name} on {device_name(buffer.device)} like the buffers, "
+                f"or one on the host, got one of {source.library.name} on {device_name(source.device)}"
+            )
+    for source, buffer in zip(sources, buffers, strict=True):
+        values = source.owner
         if source.device == HOST:
-            if buffer.device != HOST:
-                refuse_capture(library.stream(buffer.device), name)
-            buffer.owner[:count] = library.from_numpy(source.owner, buffer.device)
-        elif source.library is library and source.device == buffer.device:
-            buffer.owner[:count] = source.owner
-        else:
-            raise ValueError(f"{name}: expected an array of {library.name} on the buffers' device, or on the host")
+            values = buffer.library.from_numpy(values, buffer.device)
+        buffer.owner[: source.shape[0]] = values

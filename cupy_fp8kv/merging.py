@@ -12,8 +12,8 @@ from .backends import reference
 from .backends.cuda_merging import MergeGeometry, PreparedMerge
 from .formats import Q_DTYPES
 from .jit.device import refuse_capture
-from .operands import Kinds, Operand, check_dtype, check_writable, read_operands, runs_on_cuda, store
-from .problem import SizeBinder, check_address, check_rows
+from .operands import Kinds, Operand, check_dtype, check_memory, check_writable, read_operands, runs_on_cuda, store
+from .problem import SizeBinder, check_rows
 
 #: head_dim is any multiple of 16 up to this.
 MAX_HEAD_DIM = 1024
@@ -102,7 +102,7 @@ def _merge(
     """``given``: v and s of all states, or of the first and of the other one."""
     key, addresses = _read(tuple(given.values()), lse_base, backend, in_place)
     kind = _kinds.find(key)
-    if kind is not None and not any(address % 16 for address in addresses[::2]):
+    if kind is not None and not any(address % 16 for address in addresses[::2]) and all(addresses):
         return _launch(kind, tuple(given.values())[:2], addresses, mask, in_place)
     library, operands = read_operands(**given)
     for operand in operands[: 2 * in_place]:
@@ -168,7 +168,7 @@ def _check(operands: list[Operand], lse_base: str) -> SizeBinder:
         sizes.bind(s.argument, s.facts.shape, axes)
         check_rows(v.argument, v.facts, arrays.numpy_dtype(v.facts.dtype).itemsize)
         if v.facts.device != HOST:
-            check_address(v.argument, v.address)
+            check_memory(v)
     head_dim, rows = sizes["head_dim"], sizes["n"] * sizes["num_heads"]
     if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % 16:
         raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 from . import arrays
 from .arrays import HOST, Library, device_name
 from .jit import device as jit_device
-from .problem import Facts
+from .problem import Facts, check_address
 
 
 class Operand(NamedTuple):
@@ -51,6 +51,13 @@ def check_dtype(operand: Operand, dtypes: tuple[str, ...]) -> None:
     if operand.facts.dtype not in dtypes:
         expected = ", ".join(dtypes[:-1]) + " or " * (len(dtypes) > 1) + dtypes[-1]
         raise TypeError(f"{operand.argument}: expected {expected}, got {operand.facts.dtype}")
+
+
+def check_memory(operand: Operand) -> None:
+    """ValueError for an array on a device that starts where rows must not, or that has elements and no memory."""
+    check_address(operand.argument, operand.address)
+    if not operand.address and 0 not in operand.facts.shape:
+        raise ValueError(f"{operand.argument}: expected an array with memory, got one at address 0 (a fake tensor?)")
 
 
 def check_writable(library: Library, operand: Operand) -> None:

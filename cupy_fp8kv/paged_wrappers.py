@@ -15,7 +15,7 @@ from .page_tables import PageTables, read_page_tables
 from .paged_dispatch import PagedOptions, decode_paged
 from .paged_problem import Planned
 from .pages import Table
-from .workspaces import planned_call, read_workspace
+from .workspaces import Workspace, planned_call, read_workspace
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
         """Use another workspace from now on; ``int_workspace_buffer`` is accepted for FlashInfer's sake."""
-        self._workspace = read_workspace(float_workspace_buffer)
+        space = read_workspace(float_workspace_buffer)
         if self._plan is not None:
-            self._check_workspace(self._plan)
+            self._check_workspace(space, self._plan)
+        self._workspace = space
 
     def plan(
         self,
@@ -136,11 +137,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
         made = _Plan(tables, planned, pos_encoding_mode, window_left, cap, sm_scale)
         if self._buffers is not None:
             made = replace(made, tables=in_buffers(tables, self._buffers))
-            self._check_workspace(made)
+            self._check_workspace(self._workspace, made)
             fill_buffers(tables, self._buffers)
         else:
             made = replace(made, tables=tables.snapshot())
-            self._check_workspace(made)
+            self._check_workspace(self._workspace, made)
             if self._workspace is not None and self._backend != "numpy":
                 made.tables.placed(self._workspace.library, self._workspace.device)
         self._plan = made
@@ -268,12 +269,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
         )  # fmt: skip
         return decode_paged(q, cache, made.tables, options, self._workspace)
 
-    def _check_workspace(self, made: _Plan) -> None:
-        space, tables = self._workspace, made.tables
+    def _check_workspace(self, space: Workspace | None, made: _Plan) -> None:
         if space is not None and self._backend != "numpy":
-            problem = made.planned.problem(
-                tables.batch, tables.kind, made.window_left, bool(made.logits_soft_cap)
-            )  # fmt: skip
+            tables, cap = made.tables, bool(made.logits_soft_cap)
+            problem = made.planned.problem(tables.batch, tables.kind, made.window_left, cap)
             needed = cuda.plan_decode(problem, cuda.device_info(space.device)).workspace
             space.check(needed, problem, space.library, space.device)
 

@@ -11,9 +11,9 @@ from . import arrays
 from .arrays import HOST, Library, device_name
 from .formats import KV_FORMATS, KVFormat
 from .layouts import KV_LAYOUTS, to_nhd
-from .operands import Operand, check_dtype, check_writable, read_operands, store
+from .operands import Operand, check_dtype, check_memory, check_writable, read_operands, store
 from .pages import PagedSizes, adopt_cache, bind_cache, cache_facts, cache_library, host_cache, read_cache
-from .problem import SizeBinder, check_address, check_rows, formats_of
+from .problem import SizeBinder, check_rows, formats_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class StoredCache:
                 expected, got = device_name(k.device), device_name(facts.device)
                 raise ValueError(f"{part.argument}: expected V on device {expected} like K, got {got}")
             if facts.device != HOST:
-                check_address(part.argument, part.address)
+                check_memory(part)
         # In one array V lies behind K; `apart` is 0 for a pair, which has two addresses.
         both = addresses[0], addresses[1] + apart
         return cls(library, cache, parts, both, k.device, kv_layout, sizes, (k_format, v_format))

@@ -133,7 +133,8 @@ def _others() -> list[Spec]:
         *(QuantizeSpec(*chosen) for chosen in quantize),
         *(MergeStatesSpec(dtype) for dtype in _VALUE_DTYPES),
         *(PagesSpec(entry, word) for entry in ("copy_pages", "gather") for word in PAGE_WORDS),
-        *(AppendSpec(dtype, stored) for dtype in ("", *_VALUE_DTYPES) for stored in KV_FORMATS),
+        *(AppendSpec(dtype, stored) for dtype in _VALUE_DTYPES for stored in KV_FORMATS),
+        *(AppendSpec.copying(itemsize) for itemsize in (1, 2)),
     ]  # fmt: skip
 
 

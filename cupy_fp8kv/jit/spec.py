@@ -243,9 +243,12 @@ class MergeStatesSpec:
 
 @dataclass(frozen=True)
 class AppendSpec:
-    """One compiled ``cuda_src/append.cu``: dtype of what comes in and format of the cache, or bytes as they are."""
+    """One compiled ``cuda_src/append.cu``: dtype of what comes in and format of the cache.
 
-    values: str  # a dtype; "" copies elements
+    Without a dtype elements are copied as they are, and the format only says how large they are: :meth:`copying`.
+    """
+
+    values: str
     stored: str
     software_fp8: bool = False
 
@@ -266,8 +269,13 @@ class AppendSpec:
         return _software(self.software_fp8) + sources.render(str(self), headers, lines, "append.cu")
 
     def __str__(self) -> str:
-        software = " software_fp8" if self.software_fp8 else ""
-        return f"append[values={self.values or 'as stored'} cache={self.stored}{software}]"
+        if not self.values:
+            return f"append[bytes={KV_FORMATS[self.stored].itemsize}]"
+        return f"append[values={self.values} cache={self.stored}{' software_fp8' if self.software_fp8 else ''}]"
+
+    @classmethod
+    def copying(cls, itemsize: int) -> AppendSpec:
+        return cls("", {1: "e4m3", 2: "f16"}[itemsize])
 
 
 @dataclass(frozen=True)

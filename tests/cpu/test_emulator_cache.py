@@ -372,3 +372,37 @@ def test_planted_bugs_are_noticed(tmp_path, monkeypatch, machine, bug):
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_checks_of_planted_bugs_pass_without_them(emulate, bug):
     bug.check(emulate)
+
+
+# What is refused of device arrays
+
+
+def test_addresses_are_checked_in_later_calls_too(emulate, monkeypatch):
+    """The first call of a kind is checked as a whole, later ones must not be less careful: alignment, and no memory."""
+    v, s = (move(x) for x in states((4, 1, 2, 32), "float16"))
+    v, s = v[:, 0], s[:, 0]
+    raw = move(np.zeros(v.nbytes + 16, np.uint8))
+    odd = raw[8:-8].view(np.float16).reshape(v.shape)
+    x, cache = move(np.ones((2, 2, 32), np.float16)), move(np.zeros((2, 2, 4, 2, 32), np.uint8))
+    raw_cache = move(np.zeros(cache.nbytes + 16, np.uint8))
+    odd_cache = raw_cache[8:-8].reshape(cache.shape)
+    tables = [0, 2], [0], [0, 1], [2]
+
+    def append(keys, cache):
+        append_paged_kv_cache(keys, keys, tables[0], cache, *tables[1:])
+
+    merge_state(v, s, v, s)
+    append(x, cache)
+    odd_x = raw[8:264].view(np.float16).reshape(x.shape)
+    for call, name in (
+        (lambda: merge_state(v, s, odd, s), "v_b"),
+        (lambda: append(odd_x, cache), "append_key"),
+        (lambda: append(x, odd_cache), "paged_kv_cache"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected data that starts at a multiple of 16 bytes"):
+            call()
+    original = emulator.library.read
+    monkeypatch.setattr(type(emulator.library), "read", lambda self, array: (0, original(array)[1]))
+    for call, name in ((lambda: merge_state(v, s, v, s), "v_a"), (lambda: append(x, cache), "paged_kv_cache")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected an array with memory"):
+            call()

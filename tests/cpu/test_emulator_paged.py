@@ -195,6 +195,7 @@ def test_a_workspace_too_small_is_refused_in_plan(emulate, nbytes):
     planned(wrapper, SPLIT, moved)
     with pytest.raises(ValueError, match=r"^float_workspace_buffer: "):
         wrapper.reset_workspace_buffer(space)
+    assert wrapper.run(moved.padded.q.view, moved.cache).shape == (1, 8, 128), "the one before is still in use"
 
 
 def test_runs_follow_tables_on_the_device(emulate):

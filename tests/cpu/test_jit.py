@@ -127,7 +127,8 @@ def every_spec():
     found += [dataclasses.replace(spec, layout="paged") for spec in found if not spec.stages]
     found += [MergeSpec(q, schedule) for q in ("f16", "bf16") for schedule in SCHEDULES] + [ScheduleSpec()]
     found += [MergeStatesSpec(dtype) for dtype in ("float16", "bfloat16", "float32")]
-    for values, stored, software in itertools.product(("", "float16", "float32"), KV_FORMATS, (False, True)):
+    found += [AppendSpec.copying(itemsize) for itemsize in (1, 2)]
+    for values, stored, software in itertools.product(("float16", "float32"), KV_FORMATS, (False, True)):
         found.append(AppendSpec(values, stored, software))
     found += [PagesSpec(entry, word) for entry in ("copy_pages", "gather") for word in (4, 16)]
     found.append(CheckTablesSpec())

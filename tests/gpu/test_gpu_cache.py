@@ -69,6 +69,29 @@ def test_nothing_waits_for_the_device(library):
     np.testing.assert_array_equal(to_host(first), to_host(again))
 
 
+def test_a_step_is_not_captured():
+    """Refused before anything changes; a decode over tables that were sent before can be captured."""
+    cache = PagedKVCache(1, 8, 16, 2, 64, device="cuda")
+    cache.allocate("a")
+    x, q = cp.ones((3, 2, 64), np.float16), cp.ones((1, 8, 64), np.float16)
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        cache.append(0, "a", x, x)
+        want = cache.decode(0, q)
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match=r"^PagedKVCache: expected no append.*while a graph is captured"):
+                cache.append(0, "a", x, x)
+            got = cache.decode(0, q)
+        finally:
+            graph = stream.end_capture()
+        graph.launch()
+    stream.synchronize()
+    assert cache.length("a") == 3
+    np.testing.assert_array_equal(to_host(got), to_host(want))
+
+
 def test_saved_on_the_gpu_and_loaded_anywhere(tmp_path):
     pytest.importorskip("safetensors")
     model = life(Model(KINDS["layers"], to_cupy, to_host, device="cuda"))

@@ -51,7 +51,8 @@ def test_in_place(dtype, mask):
     v, s = states((900, 2, 5, 48), dtype, seed=2)
     chosen = np.random.default_rng(0).random(900) < 0.5
     masks = {None: None, "host": chosen, "device": cp.asarray(chosen), "strided": cp.asarray(np.repeat(chosen, 2))[::2]}
-    wide = cp.full((900, 7, 64), 7, np.uint16).view(DTYPES[dtype])
+    bits = np.uint32 if dtype == "float32" else np.uint16
+    wide = cp.full((900, 7, 64), 7, bits).view(DTYPES[dtype])
     given = two(v, s, to_cupy)
     target = wide[:, 1:6, 16:]
     target[...] = given[0]
@@ -65,8 +66,8 @@ def test_in_place(dtype, mask):
     assert_same_bits(got_s[~used], s[~used, 0])
     for array, before in zip(given[2:], others, strict=True):
         assert_same_bits(array, before)
-    target[...] = cp.full(target.shape, 7, np.uint16).view(DTYPES[dtype])
-    assert (wide.view(np.uint16) == 7).all(), "something around v was written"
+    target[...] = cp.full(target.shape, 7, bits).view(DTYPES[dtype])
+    assert (wide.view(bits) == 7).all(), "something around v was written"
 
 
 def test_the_callers_stream():
