@@ -84,7 +84,7 @@ class DecodeSpec:
             return 183, 222 if k_is_fp8 else 0, 232
         if k_is_fp8:
             return (183, 216, 232) if v_is_fp8 else (180, 200, 200)
-        return (160, 0, 216) if self.v == "bf16" else (172, 0, 220)
+        return (160, 0, 216) if self.v == "bf16" else (172, 0, 216)
 
     @property
     def tile_rows(self) -> int:
