@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import pytest
 import cupy_fp8kv
 from cupy_fp8kv.backends import reference
 from cupy_fp8kv.formats import KV_FORMATS
+from cupy_fp8kv.kept_workspaces import KeptWorkspaces
 
 decode = cupy_fp8kv.batch_decode_with_padded_kv_cache
 decode_lse = cupy_fp8kv.batch_decode_with_padded_kv_cache_return_lse
@@ -491,3 +493,18 @@ def test_with_a_broken_cupy(tmp_path):
         for message in said:
             assert "CuPy cannot be imported" in message and error.partition("('")[0] in message
             assert error.partition("('")[2][:-2] in message
+
+
+def test_workspaces_are_kept_for_each_thread_and_device():
+    kept, made = KeptWorkspaces(), []
+
+    def allocate(nbytes, device):
+        made.append((nbytes, device))
+        return object(), 4096 * len(made)
+
+    first = kept.workspace(100, 0, allocate)
+    assert kept.workspace(60, 0, allocate) is not None and kept.workspace(60, 0, allocate) == first
+    assert kept.workspace(60, 1, allocate) != first and kept.workspace(101, 0, allocate) != first
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(kept.workspace, 100, 0, allocate).result() != first
+    assert made == [(100, 0), (60, 1), (101, 0), (100, 0)]

@@ -237,6 +237,18 @@ def test_heads_splits_and_bytes_of_a_ring(batch, num_kv_heads, kv_len, heads, sp
     assert 6e6 < min(plan.grid, 132 * ctas_per_sm) * kilobytes * KB < 8e6
 
 
+@pytest.mark.parametrize(
+    ("changes", "early"),
+    [
+        ({"kv_len": 512}, False), ({"kv_len": 512, "batch": 600}, True), ({"kv_len": 512, "batch": 1}, True),
+        ({"kv_len": 8192}, True), ({"kv_len": 8192, "k_strides": (0, 1024, 128)}, False),
+    ],
+)  # fmt: skip
+def test_calls_start_early_unless_one_wave_shares_sms(changes, early):
+    """One wave of CTAs without a ring or a merge is placed unevenly where SMs still have some of the kernel before."""
+    assert plan_decode(dataclasses.replace(problem(batch=16, num_kv_heads=8), **changes), H100).early is early
+
+
 def test_strides_do_not_matter_without_a_ring():
     one = problem(batch=3, kv_len=5000, ragged=True)
     other = dataclasses.replace(one, k_strides=(1 << 40, 4096, 128), v_strides=(1, 2, 3), q_strides=(512, 256))
