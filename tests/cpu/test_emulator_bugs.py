@@ -351,7 +351,7 @@ BUGS = [
     Bug("one state from several lanes", (THREAD,), "attention/combine.cuh", "if (lane.group == 0)\n", "if (true)\n"),
     Bug(
         "results stored twice", (THREAD,), "attention/combine.cuh", "width * 4 * tiles; task += 32 * WARPS",
-        "width * 4 * tiles; task += 16 * WARPS", dataclasses.replace(TAIL, group=8),
+        "width * 4 * tiles; task += 4 * WARPS", dataclasses.replace(TAIL, group=8),
     ),
     Bug(
         "splits that store to one place", (PLAIN, THREAD), "schedule/uniform.cuh",

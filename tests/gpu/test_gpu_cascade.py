@@ -1,5 +1,7 @@
 """Shared parts of contexts on the GPU: right, and at least five times as fast as reading a long prefix per request."""
 
+import os
+
 import numpy as np
 import pytest
 from cascades import SCALES, TREES, D, Tree, prefix_of
@@ -85,6 +87,8 @@ def test_a_long_prefix_is_read_once():
 
     for got, want in zip(together(), alone(), strict=True):
         np.testing.assert_allclose(to_host(got).astype(float), to_host(want).astype(float), atol=2e-3, rtol=2e-3)
-    per_request, once = device_time(alone), device_time(together)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("the results are right; to be timed, the GPU must not be shared with other tests")
+    per_request, once = (min(device_time(call) for _ in range(5)) for call in (alone, together))
     print(f"prefix per request {per_request * 1e6:.1f} us, once {once * 1e6:.1f} us: {per_request / once:.1f} times")
     assert per_request > 5 * once
