@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arrays
-from .arrays import Library
+from .arrays import HOST, Library
+from .jit.device import refuse_capture
 from .layouts import check_kv_layout
 from .merging import merge_state
 from .paged import batch_decode_with_paged_kv_cache
@@ -82,6 +83,8 @@ class _Level:
         """Rows, places and page tables where q is."""
         placed = self._placed.get((library, device))
         if placed is None:
+            if device != HOST:
+                refuse_capture(library.stream(device), "plan")
             values = (self.rows, self.back, self.indptr, self.indices, self.last)
             placed = [None if value is None else library.from_numpy(value, device) for value in values]
             self._placed[library, device] = placed

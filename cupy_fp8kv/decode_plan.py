@@ -44,7 +44,8 @@ class DecodePlan:
     When lengths are taken in: only when ``schedule`` is called, which reads ``kv_lens`` in the order of the caller's
     current stream and leaves what it made of them (the work list, see ``cuda_src/schedule.cu``, or a copy) in memory of
     the plan. Every ``run`` after it, up to the next ``schedule``, uses that, whatever is written to ``kv_lens`` in the
-    meantime. ``run`` has to come after ``schedule`` in the order of streams: on the same one, or on one that waits.
+    meantime. ``run`` has to come after ``schedule`` in the order of streams: on the same one, or on one that waits; and
+    ``schedule`` after what the stream had to do when the plan was made, which its memory came from.
 
     In a captured graph, ``schedule`` is part of the graph if it is called during the capture: each replay then reads
     the lengths that ``kv_lens`` holds at that time, and one graph serves all lengths up to ``kv_len``. A graph without

@@ -45,7 +45,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
     validate : check page tables on a device too, in every ``run``, which then waits for it.
 
     ``plan`` comes before ``run``. It reads page tables only where they are on the host, and never waits for the device;
-    how long requests are decides nothing but speed.
+    how long requests are decides nothing but speed. Page tables on the host are uploaded once, on the current stream:
+    that of ``plan`` with a ``float_workspace_buffer``, else that of the first ``run``. What runs on another stream has
+    to be ordered after it.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ _MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 2
 #: Bytes of a warp's share of a box.
 _RING_TILE_BYTES = 2048
 #: The least architecture that has the copy engine, and the shared memory of those of its devices that were measured.
-_RING_ARCH = 90
+RING_ARCH = 90
 _RING_SHARED_BYTES = 160 << 10
 #: Bytes of partial results that no plan exceeds.
 MAX_WORKSPACE = 16 << 20
@@ -111,8 +111,8 @@ _MIN_SPLIT_ROWS = 256
 #: request there may be): making the list takes 2 to 3 microseconds, in which a CTA of four warps reads 64 KB.
 LISTED_LEAST_BYTES = 256 << 10
 #: Shares that all rows are divided into, as a multiple of the CTAs that run at one time: more of them fill the device
-#: better at the end, fewer merge less. To be measured: in a simulation of an H100, lengths of all kinds lose 2.5 % at
-#: 1.25, 3.5 % at 1, and 2.5 % at 1.5 but with one request of 131072 rows 4.5 %.
+#: better at the end, fewer merge less. From a simulation of an H100, not yet measured: lengths of all kinds lose 2.5 %
+#: at 1.25, 3.5 % at 1, and 2.5 % at 1.5 but with one request of 131072 rows 4.5 %.
 LISTED_WAVES = 1.25
 #: A part of a request has at least so many rows, or a turn of its CTA.
 LISTED_LEAST_ROWS = 256
@@ -162,7 +162,7 @@ def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None
     Rings are listed with their least number of stages, which is not part of the kernel.
     """
     spec, _ = _tile(problem)
-    may_have_ring = arch >= _RING_ARCH and not problem.paging
+    may_have_ring = arch >= RING_ARCH and not problem.paging
     rings = [_ring(spec, team) for team in _ring_teams(spec)] if may_have_ring else []
     if shared_per_block is not None and shared_per_block < _RING_SHARED_BYTES:
         rings = []
@@ -196,7 +196,7 @@ def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blo
     """A plan with a ring, or None where registers do as well."""
     # A CTA of several heads would make the longest of unequal requests last longer; column blocks read rows again, and
     # were not measured.
-    if device.arch < _RING_ARCH or device.shared_per_block < _RING_SHARED_BYTES:
+    if device.arch < RING_ARCH or device.shared_per_block < _RING_SHARED_BYTES:
         return None
     if problem.ragged or problem.paging or blocks > 1 or not problem.can_copy_boxes:
         return None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..jit.spec import DecodeSpec
-from ..plan import MAX_WORKSPACE, DeviceInfo, Plan, finish_plan, plan_decode
+from ..plan import MAX_WORKSPACE, RING_ARCH, DeviceInfo, Plan, finish_plan, plan_decode
 from ..problem import MOST_BOX_ROWS, DecodeProblem
 
 #: Warps of an SM that load straight to registers, and into how many CTAs they are cut.
@@ -22,7 +22,6 @@ _SUBTILES = (1, 2, 4)
 _RING_SHAPES = ((8, 1), (4, 1), (4, 2))
 _RING_HEADS = (1, 2, 4)
 _RING_STAGES = (3, 4, 5, 6)
-_RING_ARCH = 90
 #: Registers that a thread of a ring needs beside its fragments: on sm_90 with rows of K and V of up to so many bytes
 #: together, and otherwise. Measured with NVRTC 12.9 on sm_90, sm_100 and sm_120.
 _SHORT_ROW_BYTES = 256
@@ -91,7 +90,7 @@ def spec_options(problem: DecodeProblem, device: DeviceInfo) -> list[DecodeSpec]
         tile = replace(base, column_tiles=column_tiles)
         if not registers or problem.group_size <= _MOST_NARROW_GROUP:
             registers += _register_specs(tile)
-        if not rings and device.arch >= _RING_ARCH and problem.can_copy_boxes:
+        if not rings and device.arch >= RING_ARCH and problem.can_copy_boxes:
             rings += _ring_specs(tile, problem.num_kv_heads, device.arch)
     return [spec for spec in registers + rings if _fits_shared_memory(spec, device)]
 
