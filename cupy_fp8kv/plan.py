@@ -75,11 +75,11 @@ class RingTeam:
 
 
 #: Rings in shared memory, filled by the copy engine: on an H100 2 to 6 % faster than loads into registers.
-_SINGLE = RingTeam(1, 8, 1, 3)
-_PAIR = RingTeam(2, 8, 1, 3)
-_TWO_PAIRS = RingTeam(2, 4, 2, 3)
-_SHORT = RingTeam(1, 4, 1, 6)
-_WIDE = RingTeam(1, 4, 1, 4)
+_SINGLE = RingTeam(1, 8, 1, 3)  # up to one request head an SM
+_PAIR = RingTeam(2, 8, 1, 3)  # up to two; and splits of what is large
+_TWO_PAIRS = RingTeam(2, 4, 2, 3)  # up to four, and several waves
+_SHORT = RingTeam(1, 4, 1, 6)  # splits of what is small
+_WIDE = RingTeam(1, 4, 1, 4)  # everything, where rows are long
 RING_TEAMS = (_SINGLE, _PAIR, _TWO_PAIRS, _SHORT)
 WIDE_RING_TEAMS = (_WIDE,)  # where a row of K and one of V have more than 256 bytes
 _WIDE_ROW_BYTES = 256
@@ -194,10 +194,10 @@ def _ring(spec: DecodeSpec, team: RingTeam) -> DecodeSpec | None:
 
 def _ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:
     """A plan with a ring, or None where registers do as well."""
-    # A CTA of several heads would make the longest of unequal requests last longer; column blocks read rows again, and
-    # were not measured.
     if device.arch < RING_ARCH or device.shared_per_block < _RING_SHARED_BYTES:
         return None
+    # A CTA of several heads would make the longest of unequal requests last longer; column blocks read rows again, and
+    # were not measured.
     if problem.ragged or problem.paging or blocks > 1 or not problem.can_copy_boxes:
         return None
     team, splits = _ring_team(problem, device, spec)
@@ -223,7 +223,7 @@ def _ring_team(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec) -> 
     teams = [team for team in _ring_teams(spec) if problem.num_kv_heads % team.heads == 0]
     if problem.rows_read >= RING_ROWS:
         for team in teams:
-            # The first that has a place for all; or several waves of the last.
+            # The first that has a place for all.
             fill = problem.batch * problem.num_kv_heads // team.heads / (team.ctas_per_sm * sms)
             if team is not _SHORT and MIN_RING_FILL <= fill <= 1:
                 return team, 1
