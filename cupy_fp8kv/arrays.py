@@ -19,7 +19,7 @@ import numpy as np
 
 from .jit.device import on_device, require_cupy
 from .kept_workspaces import KeptWorkspaces
-from .problem import Facts
+from .problem import Facts, contiguous_strides
 
 HOST = -1
 #: What can be read off an array and decides how a call runs: hashable, and compared before anything is interpreted.
@@ -47,7 +47,6 @@ class Library:
 
     name = ""
     mutable = True
-    writes_freely = False  # whether any of its arrays can be written
 
     def read(self, array: Any) -> tuple[int, Signature]:
         """Address of the first element, and the signature."""
@@ -92,15 +91,6 @@ class Library:
         return array.astype("float32")
 
 
-def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Strides in bytes of a C-contiguous array."""
-    strides, step = [], itemsize
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
 class NumpyLibrary(Library):
     name = "numpy"
 
@@ -123,7 +113,6 @@ class NumpyLibrary(Library):
 
 class CupyLibrary(Library):
     name = "cupy"
-    writes_freely = True
 
     def __init__(self, cupy: Any):
         self._cupy = cupy
@@ -143,7 +132,7 @@ class CupyLibrary(Library):
 
     def facts(self, signature: Signature) -> Facts:
         dtype, shape, strides, device = signature
-        return Facts(dtype.name, shape, strides or _contiguous(shape, dtype.itemsize), device, self.name)
+        return Facts(dtype.name, shape, strides or contiguous_strides(shape, dtype.itemsize), device, self.name)
 
     def stream(self, device: int) -> int:
         return self._current_stream(device).ptr
@@ -197,7 +186,6 @@ class CupyLibrary(Library):
 
 class TorchLibrary(Library):
     name = "torch"
-    writes_freely = True
 
     def __init__(self, torch: Any):
         self._torch = torch
@@ -300,7 +288,7 @@ class JaxLibrary(Library):
 
     def facts(self, signature: Signature) -> Facts:
         dtype, shape, device = signature
-        return Facts(dtype.name, shape, _contiguous(shape, dtype.itemsize), device, self.name)
+        return Facts(dtype.name, shape, contiguous_strides(shape, dtype.itemsize), device, self.name)
 
     def stream(self, device: int) -> int:
         return cupy_library().stream(device)

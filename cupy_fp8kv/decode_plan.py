@@ -15,7 +15,7 @@ from .layouts import to_nhd
 from .lengths import device_lens, host_lens
 from .options import integer
 from .outputs import read_out
-from .problem import DecodeProblem, Facts, without_idle_strides
+from .problem import DecodeProblem, Facts, contiguous_strides, without_idle_strides
 
 _NAMES = ("q", "k", "v")
 #: Libraries by the name that ``for_shapes`` knows them by.
@@ -358,7 +358,5 @@ class DecodePlan:
 def _contiguous(argument: str, dtype: Any, shape: tuple[int, ...], device: int, library: str) -> Facts:
     """Facts of an array in C order."""
     name = dtype_name(dtype)
-    steps = [format_of_dtype(name, argument).itemsize]
-    for size in reversed(shape[1:]):
-        steps.append(steps[-1] * size)
-    return Facts(name, shape, tuple(reversed(steps)), device, library)
+    strides = contiguous_strides(shape, format_of_dtype(name, argument).itemsize)
+    return Facts(name, shape, strides, device, library)

@@ -100,12 +100,7 @@ def decode(
         for name, array in (("q", q), ("k", k), ("v", v)):
             arrays.read(library, array, name)
         raise
-    if out is None:
-        out_address, out_signature = 0, None
-    elif type(out) is type(q) and library.writes_freely:
-        out_address, out_signature = arrays.read(library, out, "out")
-    else:
-        out_address, out_signature = read_out(library, out)
+    out_address, out_signature = read_out(library, out) if out is not None else (0, None)
     window_left, logits_soft_cap, kv_format = as_key(window_left, logits_soft_cap, kv_format)
     key = (
         batched, library, q_signature, k_signature, v_signature, out_signature, kv_layout, pos_encoding_mode,

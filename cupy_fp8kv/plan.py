@@ -72,16 +72,19 @@ class RingTeam:
     warps: int
     ctas_per_sm: int
     least_stages: int
+    one_wave: bool = False  # whether it reads whole requests that all have a place at one time
+    waves: bool = False  # whole requests in turn
+    splits_from: float = math.inf  # parts of requests, where an SM reads so many bytes or more
 
 
-#: Rings in shared memory, filled by the copy engine: on an H100 2 to 6 % faster than loads into registers.
-_SINGLE = RingTeam(1, 8, 1, 3)  # up to one request head an SM
-_PAIR = RingTeam(2, 8, 1, 3)  # up to two; and splits of what is large
-_TWO_PAIRS = RingTeam(2, 4, 2, 3)  # up to four, and several waves
-_SHORT = RingTeam(1, 4, 1, 6)  # splits of what is small
-_WIDE = RingTeam(1, 4, 1, 4)  # everything, where rows are long
-RING_TEAMS = (_SINGLE, _PAIR, _TWO_PAIRS, _SHORT)
-WIDE_RING_TEAMS = (_WIDE,)  # where a row of K and one of V have more than 256 bytes
+#: Rings in shared memory, filled by the copy engine: on an H100 2 to 6 % faster than loads into registers. The first
+#: that fits is taken. Splits by pairs of heads need twice the merging, so they are for what is large.
+RING_TEAMS = (
+    RingTeam(1, 8, 1, 3, one_wave=True), RingTeam(2, 8, 1, 3, one_wave=True, splits_from=1.5e6),
+    RingTeam(2, 4, 2, 3, one_wave=True, waves=True), RingTeam(1, 4, 1, 6, splits_from=0),
+)  # fmt: skip
+#: The same where a row of K and one of V have more than 256 bytes.
+WIDE_RING_TEAMS = (RingTeam(1, 4, 1, 4, one_wave=True, waves=True, splits_from=0),)
 _WIDE_ROW_BYTES = 256
 _MOST_RING_ROW_BYTES = 512  # longer ones were not measured
 #: Bytes that all rings of the device together should have in flight. Less leaves memory idle; with more, CTAs fall out
@@ -95,8 +98,6 @@ RING_ROWS = 1024
 #: and the share that every one of several waves must fill.
 MIN_RING_FILL = 0.5
 MIN_RING_WAVE_FILL = 0.9
-#: Bytes of an SM from which on a split request is read by pairs of heads, which need twice the merging.
-RING_PAIR_BYTES = 1.5e6
 _MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 224 in all
 #: Bytes of a warp's share of a box.
 _RING_TILE_BYTES = 2048
@@ -131,7 +132,6 @@ def split_rows(begin: int, end: int, splits: int, warps: int, tile_rows: int) ->
 
 def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
     """The kernel with as many warps as fit an SM, and how many CTAs share the query heads of one cache head."""
-    most_of_16 = _FRAGMENTS_OF_16_WARPS[problem.layout][KV_FORMATS[problem.k_format].itemsize]
     for most_tiles in (MAX_COLUMNS // 8, 1):
         blocks = math.ceil(problem.group_size / (8 * most_tiles))
         column_tiles = math.ceil(math.ceil(problem.group_size / blocks) / 8)
@@ -142,16 +142,21 @@ def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
                     column_tiles=column_tiles, subtiles=subtiles, warps=warps, ctas_per_sm=1,
                     soft_cap=problem.soft_cap, position=problem.position, layout=problem.layout,
                 )  # fmt: skip
-                fits_16 = spec.fragment_registers[2] <= most_of_16
-                if fits_16 if warps == 16 else spec.ahead == 2 or (spec.ahead >= 0 and subtiles == 1):
+                if fits_registers(spec):
                     return spec, blocks
     raise AssertionError(f"no tile fits {problem}")
 
 
+def fits_registers(spec: DecodeSpec) -> bool:
+    """Whether 16 or 8 warps, all that an SM has, load straight to registers without a spill."""
+    if spec.warps == 16:
+        return spec.fragment_registers[2] <= _FRAGMENTS_OF_16_WARPS[spec.layout][KV_FORMATS[spec.k].itemsize]
+    return spec.ahead == 2 or (spec.ahead >= 0 and spec.subtiles == 1)
+
+
 def _subtiles(problem: DecodeProblem, warps: int, column_tiles: int) -> list[int]:
     """Numbers of 16-row subtiles to try for a tile, the wanted one first."""
-    row_bytes = problem.head_dim * (KV_FORMATS[problem.k_format].itemsize + KV_FORMATS[problem.v_format].itemsize)
-    wanted = next((n for n in (1, 2) if 16 * row_bytes * n >= _MIN_TILE_BYTES[warps]), 4)
+    wanted = next((n for n in (1, 2) if 16 * problem.row_bytes * n >= _MIN_TILE_BYTES[warps]), 4)
     return [n for n in (4, 2, 1) if n <= min(wanted, 4 // column_tiles if warps == 16 else 4)]
 
 
@@ -223,23 +228,17 @@ def _ring_team(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec) -> 
     teams = [team for team in _ring_teams(spec) if problem.num_kv_heads % team.heads == 0]
     if problem.rows_read >= RING_ROWS:
         for team in teams:
-            # The first that has a place for all.
-            fill = problem.batch * problem.num_kv_heads // team.heads / (team.ctas_per_sm * sms)
-            if team is not _SHORT and MIN_RING_FILL <= fill <= 1:
+            ctas, places = problem.batch * problem.num_kv_heads // team.heads, team.ctas_per_sm * sms
+            if team.one_wave and MIN_RING_FILL * places <= ctas <= places:
                 return team, 1
-        waves = next((team for team in teams if team in (_TWO_PAIRS, _WIDE)), None)
-        if waves:
-            ctas, places = problem.batch * problem.num_kv_heads // waves.heads, waves.ctas_per_sm * sms
-            if ctas > places and _fill(ctas, places) >= MIN_RING_WAVE_FILL:
-                return waves, 1
+            if team.waves and ctas > places and _fill(ctas, places) >= MIN_RING_WAVE_FILL:
+                return team, 1
     if spec.column_tiles > 1:
         return None, 1  # splits were not measured
     for team in teams:
-        if team in (_SINGLE, _TWO_PAIRS) or (team is _PAIR and problem.kv_bytes < RING_PAIR_BYTES * sms):
-            continue
         ring = _ring(spec, team)
         pieces = problem.batch * problem.num_kv_heads // team.heads
-        if ring and pieces:
+        if ring and pieces and problem.kv_bytes >= team.splits_from * sms:
             splits = min(sms // pieces, -(-problem.rows_read // ring.turn_rows))
             if splits > 1:
                 return team, splits

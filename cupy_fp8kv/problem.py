@@ -42,6 +42,15 @@ class Facts(NamedTuple):
         return True
 
 
+def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Strides in bytes of an array in C order."""
+    strides, step = [], itemsize
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
 @dataclass(frozen=True)
 class Paging:
     """What a paged cache has beside its strides."""
@@ -96,10 +105,14 @@ class DecodeProblem:
         return self.kv_len if self.window < 0 else min(self.kv_len, self.window)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of K and one of V."""
+        return self.head_dim * sum(kv_format(name).itemsize for name in (self.k_format, self.v_format))
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that a full-length batch reads."""
-        itemsize = sum(kv_format(name).itemsize for name in (self.k_format, self.v_format))
-        return self.batch * self.rows_read * self.num_kv_heads * self.head_dim * itemsize
+        return self.batch * self.rows_read * self.num_kv_heads * self.row_bytes
 
     @property
     def can_copy_boxes(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..jit.spec import DecodeSpec
-from ..plan import MAX_WORKSPACE, RING_ARCH, DeviceInfo, Plan, finish_plan, plan_decode
+from ..plan import MAX_WORKSPACE, RING_ARCH, DeviceInfo, Plan, finish_plan, fits_registers, plan_decode
 from ..problem import MOST_BOX_ROWS, DecodeProblem
 
 #: Warps of an SM that load straight to registers, and into how many CTAs they are cut.
@@ -26,8 +26,6 @@ _RING_STAGES = (3, 4, 5, 6)
 #: together, and otherwise. Measured with NVRTC 12.9 on sm_90, sm_100 and sm_120.
 _SHORT_ROW_BYTES = 256
 _OTHER_RING_REGISTERS = {True: 18, False: 56}
-#: Fragment registers with which 16 warps do not spill, likewise.
-_FRAGMENTS_OF_16_WARPS = 108
 #: What the system takes of an SM's shared memory for each CTA.
 _RESERVED_SHARED = 1024
 #: Wider groups are not tried as tiles of eight columns if those of sixteen fit, and rings never: every tile reads the
@@ -105,11 +103,7 @@ def _register_specs(tile: DecodeSpec) -> Iterator[DecodeSpec]:
     for all_warps in _REGISTER_WARPS:
         for subtiles in _SUBTILES:
             whole = replace(tile, subtiles=subtiles, warps=all_warps, ctas_per_sm=1)
-            if all_warps == 16:
-                fits = whole.fragment_registers[2] <= _FRAGMENTS_OF_16_WARPS
-            else:
-                fits = whole.ahead == 2 or (whole.ahead >= 0 and subtiles == 1)
-            if fits:
+            if fits_registers(whole):
                 yield from (replace(whole, warps=all_warps // ctas, ctas_per_sm=ctas) for ctas in _CTAS_PER_SM)
 
 
