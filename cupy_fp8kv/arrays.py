@@ -64,7 +64,7 @@ class Library:
         raise NotImplementedError
 
     def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
-        """``empty`` for the dtype and device of ``array``, which some libraries do faster."""
+        """``empty`` for the shape, dtype and device of ``array``, which some libraries do faster."""
         return self.empty(shape, dtype, device)
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
@@ -121,6 +121,7 @@ class CupyLibrary(Library):
         self._current_stream = cupy.cuda.get_current_stream
         self._runtime = cupy.cuda.runtime
         self._captured: dict[tuple[int, int], list[Any]] = {}
+        self._pooled = getattr(cupy.cuda.memory, "PooledMemory", None)
         self._kept = KeptWorkspaces()
         # Private, and told in half the time that a tuple of strides takes.
         self._tells_contiguous = hasattr(cupy.ndarray, "_c_contiguous")
@@ -146,15 +147,17 @@ class CupyLibrary(Library):
         return array, array.data.ptr
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
-        if not stream:
-            return self._kept.workspace(nbytes, device, self._allocate)
-        if self._runtime.streamIsCapturing(stream):
+        if stream and self._runtime.streamIsCapturing(stream):
             return self._captured_workspace(nbytes, stream)
-        return self._allocate(nbytes, device)
+        return self._kept.workspace(nbytes, device, stream, self._allocate, self._is_pooled)
 
     def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
         memory = self._alloc(nbytes)
         return memory, memory.ptr
+
+    def _is_pooled(self, memory: Any) -> bool:
+        """Whether it is a pool's that knows streams by their handles."""
+        return type(memory.mem) is self._pooled
 
     def _captured_workspace(self, nbytes: int, stream: int) -> tuple[Any, int]:
         # CuPy's pool knows nothing of graphs: what went back to it would be written again by every replay. So each
@@ -191,20 +194,26 @@ class TorchLibrary(Library):
         self._torch = torch
         self._dtypes = {name: getattr(torch, name) for name in _NUMPY_DTYPES if hasattr(torch, name)}
         self._devices: dict[int, Any] = {}
+        # Two thirds of the time of new_empty.
+        self._empty_like, self._c_order = torch.empty_like, torch.contiguous_format
         self._kept = KeptWorkspaces()
         # Private and 40 times faster than the public call (0.2 against 8 microseconds).
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def read(self, array: Any) -> tuple[int, Signature]:
         if array.is_cuda:
-            return array.data_ptr(), (array.dtype, array.shape, array.stride(), array.get_device())
+            strides = None if array.is_contiguous() else array.stride()
+            return array.data_ptr(), (array.dtype, array.shape, strides, array.get_device())
         if array.device.type != "cpu" or array.layout is not self._torch.strided:
             raise TypeError(f"expected a dense torch tensor on CUDA or CPU, got {array.layout} on {array.device}")
         return array.data_ptr(), (array.dtype, array.shape, array.stride(), HOST)
 
     def facts(self, signature: Signature) -> Facts:
         dtype, shape, strides, device = signature
-        strides = tuple(stride * dtype.itemsize for stride in strides)
+        if strides is None:
+            strides = contiguous_strides(shape, dtype.itemsize)
+        else:
+            strides = tuple(stride * dtype.itemsize for stride in strides)
         return Facts(str(dtype).removeprefix("torch."), tuple(shape), strides, device, self.name)
 
     def stream(self, device: int) -> int:
@@ -224,13 +233,14 @@ class TorchLibrary(Library):
         return tensor, tensor.data_ptr()
 
     def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
-        tensor = array.detach().new_empty(shape) if array.requires_grad else array.new_empty(shape)
+        tensor = self._empty_like(array, memory_format=self._c_order)
         return tensor, tensor.data_ptr()
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
+        # On other streams the allocator may be recording a graph, or hold the caller to account for what is left.
         if stream:
             return self._allocate(nbytes, device)
-        return self._kept.workspace(nbytes, device, self._allocate)
+        return self._kept.workspace(nbytes, device, stream, self._allocate, bool)
 
     def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
         return self.empty((nbytes,), "uint8", device)

@@ -202,7 +202,7 @@ class DecodePlan:
                 self._memory, self._list_address = library.empty((bounds.nbytes,), "uint8", device)
             else:
                 self._memory, self._lens_address = library.empty((self.problem.batch,), "int32", device)
-        self._has_fast_way = on_device and abs(self._sm_scale) <= dispatch.MOST_FLOAT32
+        self._has_fast_way = on_device and abs(self._sm_scale) <= scales.MOST_FLOAT32
         self._read = library.read
         if on_device:
             self._kernels = self._prepared.kernels
@@ -291,8 +291,9 @@ class DecodePlan:
             and not (q_address | k_address | v_address | out_address) % 16
         ):  # fmt: skip
             # The usual call, of which only addresses are new. What is different goes on, to be named.
-            values = (out_address, 0, 1.0, q_address, k_address, v_address, *self._rest)
-            self._kernels.run(library, values, self._list_address)
+            self._kernels.run(
+                library, out_address, 0, 1.0, q_address, k_address, v_address, self._rest, self._list_address
+            )  # fmt: skip
             return out
         if not fits:
             q, k, v = (arrays.adopt(array, name) for array, name in zip((q, k, v), _NAMES, strict=True))

@@ -24,7 +24,8 @@ from .outputs import check_out, read_out
 from .positions import check_pos_encoding_mode
 from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
 
-MOST_FLOAT32 = 3.4028234e38
+#: Of a padded cache whose requests are all of full length.
+NO_TABLES = (0, 0, 0)
 #: Kinds of calls that are remembered before all are forgotten.
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], Prepared] = {}
@@ -34,8 +35,8 @@ class Prepared:
     """What the first call of a kind found out: where it runs, and on a GPU everything but addresses."""
 
     __slots__ = (
-        "cuda", "default_scale", "device", "kernels", "lse_shape", "lse_unit", "out_dtype", "out_shape", "problem",
-        "run", "v_offset", "workspace",
+        "cuda", "default_rest", "default_scale", "device", "kernels", "lse_shape", "lse_unit", "on_device", "out_dtype",
+        "out_shape", "problem", "run", "v_offset", "workspace",
     )  # fmt: skip
 
     def __init__(
@@ -47,19 +48,18 @@ class Prepared:
         self.device = facts.device
         self.cuda = cuda
         self.default_scale = 1.0 / math.sqrt(problem.head_dim)
+        #: What ``PreparedDecode.run`` takes as ``rest`` in a call without tables and scales, once there was one.
+        self.default_rest: tuple[int | float, ...] | None = None
         self.lse_unit = LSE_UNITS[lse_base]
         self.out_shape = facts.shape
         self.lse_shape = facts.shape[:-1]
         self.out_dtype = facts.dtype
+        #: Whether the caller's arrays are where the kernels run.
+        self.on_device = cuda and self.device != HOST
         if self.on_device:
             self.kernels = PreparedDecode(problem, self.device, out_strides)
             self.run = self.kernels.run
             self.workspace = self.kernels.plan.workspace
-
-    @property
-    def on_device(self) -> bool:
-        """Whether the caller's arrays are where the kernels run."""
-        return self.cuda and self.device != HOST
 
 
 def forget() -> None:
@@ -101,7 +101,8 @@ def decode(
             arrays.read(library, array, name)
         raise
     out_address, out_signature = read_out(library, out) if out is not None else (0, None)
-    window_left, logits_soft_cap, kv_format = as_key(window_left, logits_soft_cap, kv_format)
+    if type(window_left) is not int or window_left != -1 or logits_soft_cap is not None or kv_format is not None:
+        window_left, logits_soft_cap, kv_format = as_key(window_left, logits_soft_cap, kv_format)
     key = (
         batched, library, q_signature, k_signature, v_signature, out_signature, kv_layout, pos_encoding_mode,
         logits_soft_cap, window_left, kv_format, lse_base, backend, kv_lens is not None,
@@ -113,17 +114,18 @@ def decode(
         sm_scale = prepared.default_scale
     elif type(sm_scale) is not float:
         sm_scale = scales.number(sm_scale, "sm_scale")
-    if not prepared.cuda or prepared.device == HOST:
+    if not prepared.on_device:
         return decode_from_host(
             library, prepared, q, k, v, kv_layout, q_scale, k_scale, v_scale, window_left, logits_soft_cap, sm_scale,
             kv_lens, return_lse, lse_base, out,
         )  # fmt: skip
-    lens_address = 0
+    tables = NO_TABLES
     if kv_lens is not None:
         kv_lens, lens_address = device_lens(kv_lens, library, prepared.problem, prepared.device)
+        tables = (lens_address, 0, 0)
     return run_on_device(
-        library, prepared, q, (q_address, k_address, v_address, out_address), (lens_address, 0, 0), q_scale, k_scale,
-        v_scale, window_left, logits_soft_cap, sm_scale, return_lse, out,
+        library, prepared, q, (q_address, k_address, v_address, out_address), tables, q_scale, k_scale, v_scale,
+        window_left, logits_soft_cap, sm_scale, return_lse, out,
     )  # fmt: skip
 
 
@@ -170,30 +172,25 @@ def run_on_device(
     if not (q_address and k_address and v_address):
         _refuse_null(prepared.problem, q=q_address, k=k_address, v=v_address)
     device = prepared.device
-    heads = prepared.problem.num_kv_heads
-    q_factor = k_factor = v_factor = scales.NO_SCALE
-    if q_scale is not None:
-        q_factor = scales.device_scale(q_scale, "q_scale", 0, library, device)
-    if k_scale is not None:
-        k_factor = scales.device_scale(k_scale, "k_scale", heads, library, device)
-    if v_scale is not None:
-        v_factor = scales.device_scale(v_scale, "v_scale", heads, library, device)
+    rest = prepared.default_rest
+    usual = q_scale is k_scale is v_scale is None and tables is NO_TABLES and sm_scale == prepared.default_scale
+    if rest is None or not usual:
+        q_factor, k_factor, v_factor, logit_scale = scales.call_scales(
+            q_scale, k_scale, v_scale, sm_scale, prepared.problem.num_kv_heads, library, device
+        )
+        rest = (
+            *tables, q_factor.address, k_factor.address, v_factor.address, logit_scale, v_factor.known,
+            logits_soft_cap or 0.0, window_left, k_factor.stride, v_factor.stride,
+        )  # fmt: skip
+        if usual:  # window and soft cap are those of every call of the kind
+            prepared.default_rest = rest
     if out is None:
         out, out_address = library.empty_like(q, prepared.out_shape, prepared.out_dtype, device)
     lse, lse_address = library.empty(prepared.lse_shape, "float32", device) if return_lse else (None, 0)
-    logit_scale = sm_scale * q_factor.known * k_factor.known
-    if not (-MOST_FLOAT32 <= logit_scale <= MOST_FLOAT32 and -MOST_FLOAT32 <= v_factor.known <= MOST_FLOAT32):
-        raise ValueError(
-            f"sm_scale, q_scale, k_scale, v_scale: expected finite factors in float32, got {logit_scale} for the "
-            f"logits and {v_factor.known} for the result"
-        )
-    # In the order of DecodeParams.
-    prepared.run(library, (
-        out_address, lse_address, prepared.lse_unit, q_address, k_address, v_address, *tables,
-        q_factor.address, k_factor.address, v_factor.address,
-        logit_scale, v_factor.known, logits_soft_cap or 0.0,
-        window_left, k_factor.stride, v_factor.stride,
-    ), work_list, workspace)  # fmt: skip
+    prepared.run(
+        library, out_address, lse_address, prepared.lse_unit, q_address, k_address, v_address, rest, work_list,
+        workspace,
+    )  # fmt: skip
     if return_lse:
         return library.wrap(out), library.wrap(lse)
     return library.wrap(out)

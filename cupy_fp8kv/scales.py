@@ -22,6 +22,7 @@ class Scale(NamedTuple):
 
 NO_SCALE = Scale(1.0, 0, 0, None)
 
+MOST_FLOAT32 = 3.4028234e38
 #: Types that a scale array may have.
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -85,6 +86,8 @@ def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library,
     """
     if value is None:
         return NO_SCALE
+    if type(value) is float:
+        return Scale(value, 0, 0, None)
     if is_number(value):
         return Scale(number(value, argument), 0, 0, None)
     source = scale_library(value, argument)
@@ -107,3 +110,22 @@ def device_scale(value: Any, argument: str, num_kv_heads: int, library: Library,
         value = source.as_float32(value)
         address, _ = source.read(value)
     return Scale(1.0, address, int(count > 1), value)
+
+
+def call_scales(
+    q_scale: Any, k_scale: Any, v_scale: Any, sm_scale: float, num_kv_heads: int, library: Library, device: int
+) -> tuple[Scale, Scale, Scale, float]:
+    """The scales of a call's q, K and V for its kernel, and what the host knows of the factor of its logits.
+
+    ValueError if that, or what it knows of the result's, is too large.
+    """
+    q = device_scale(q_scale, "q_scale", 0, library, device)
+    k = device_scale(k_scale, "k_scale", num_kv_heads, library, device)
+    v = device_scale(v_scale, "v_scale", num_kv_heads, library, device)
+    logit_scale = sm_scale * q.known * k.known
+    if not (-MOST_FLOAT32 <= logit_scale <= MOST_FLOAT32 and -MOST_FLOAT32 <= v.known <= MOST_FLOAT32):
+        raise ValueError(
+            f"sm_scale, q_scale, k_scale, v_scale: expected finite factors in float32, got {logit_scale} for the "
+            f"logits and {v.known} for the result"
+        )
+    return q, k, v, logit_scale

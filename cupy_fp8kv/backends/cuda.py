@@ -6,7 +6,7 @@ from typing import Any
 
 from ..arrays import Library
 from ..jit import compiler
-from ..jit.device import device_info, ensure_context, on_device, require_cupy
+from ..jit.device import contexts, device_info, ensure_context, on_device, require_cupy
 from ..jit.launch import Launch
 from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec, ScheduleSpec
@@ -18,10 +18,12 @@ from ..tuning.store import tuned_plan
 
 #: Fields of DecodeParams that change from call to call.
 _DECODE_LEADING = 21
-#: Where K stands among the values of a call; V follows. And where lengths and window stand.
-_K_VALUE = 4
-_KV_LENS_VALUE = 6
-_WINDOW_VALUE = 15
+#: Of them: the addresses of the workspace and the arrays, which most calls change; and the rest.
+_DECODE_ARRAYS = 9
+_DECODE_REST = _DECODE_LEADING - _DECODE_ARRAYS
+#: Where lengths and window stand among the rest.
+_KV_LENS_VALUE = 0
+_WINDOW_VALUE = 9
 #: CTAs of a merge behind a work list.
 _MERGES_PER_SM = 8
 #: Fields of QuantizeParams likewise.
@@ -40,6 +42,9 @@ class PreparedDecode:
         self.info = info = device_info(device)
         self.plan: Plan = plan or tuned_plan(problem, info) or plan_decode(problem, info)
         plan = self.plan
+        self._grid = plan.grid
+        self._list_bytes, self._out_bytes = plan.workspace_list, plan.workspace_out
+        self._partial_bytes = plan.workspace_out + plan.workspace_state
         self._runtime = require_cupy().cuda.runtime
         self._current_device = self._runtime.getDevice
         params = ParamBlock(
@@ -63,6 +68,11 @@ class PreparedDecode:
         )  # fmt: skip
         merged = plan.bounds.split_requests if plan.bounds else problem.batch * (plan.splits > 1)
         self._params = params
+        self._lock = params.lock
+        self._write_arrays = params.writer(0, _DECODE_ARRAYS)
+        self._write_rest = params.writer(_DECODE_ARRAYS, _DECODE_REST)
+        #: What the block holds. The same object has the same values, for a tuple of numbers never changes.
+        self._rest: tuple[int | float, ...] | None = None
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
         schedule = ScheduleSpec.of_batch(problem.batch) if plan.bounds else None
         merge = MergeSpec(problem.q_format, plan.spec.schedule) if merged else None
@@ -81,58 +91,64 @@ class PreparedDecode:
     def run(
         self,
         library: Library,
-        values: tuple[int | float, ...],
+        out: int,
+        lse: int,
+        lse_unit: float,
+        q: int,
+        k: int,
+        v: int,
+        rest: tuple[int | float, ...],
         work_list: int = 0,
         workspace: tuple[Any, int] | None = None,
     ) -> None:
-        """Launch on the caller's current stream. ``values``: DecodeParams from ``out`` to ``v_scale_stride``.
+        """Launch on the caller's current stream.
 
+        ``out`` to ``v``: fields of DecodeParams, and ``rest``: those that follow, up to ``v_scale_stride``. Given the
+        tuple of the last call again, it is not packed again.
         ``work_list``: where ``schedule`` has left one; without, a plan that needs it makes its own.
         ``workspace``: something that holds ``plan.workspace`` bytes or more, and their address; None: ours.
         """
-        ensure_context(self._runtime, self.device)
-        if self._current_device() == self.device:
-            self._run(library, values, work_list, workspace)
-        else:
-            with on_device(self._runtime, self.device):
-                self._run(library, values, work_list, workspace)
-
-    def _run(
-        self, library: Library, values: tuple[int | float, ...], work_list: int, workspace: tuple[Any, int] | None
-    ) -> None:
-        plan = self.plan
-        if plan.grid == 0:
+        device = self.device
+        if device not in contexts.ready:
+            ensure_context(self._runtime, device)
+        if self._current_device() != device:
+            with on_device(self._runtime, device):
+                self.run(library, out, lse, lse_unit, q, k, v, rest, work_list, workspace)
             return
-        stream, params = library.stream(self.device), self._params
-        if self._merge is None:
-            with params.lock:
-                params.write(0, 0, 0, *values)
-                if self._tensor_maps:
-                    self._write_maps(values)
-                self._decode(stream)
+        if self._grid == 0:
             return
-        # What the workspace's owner frees when this returns is freed in the order of the stream.
-        list_bytes = 0 if work_list else plan.workspace_list
-        size = list_bytes + plan.workspace_out + plan.workspace_state
-        _workspace, address = workspace or library.workspace(size, self.device, stream)
-        partial_out = address + list_bytes
-        with params.lock:
-            params.write(partial_out, partial_out + plan.workspace_out, work_list or address, *values)
-            if self._tensor_maps:
-                self._write_maps(values)
+        stream, merge = library.stream(device), self._merge
+        list_bytes = partial_out = partial_state = 0
+        if merge is not None:
+            list_bytes = 0 if work_list else self._list_bytes
+            # What the workspace's owner frees when this returns is freed in the order of the stream.
+            _workspace, address = workspace or library.workspace(list_bytes + self._partial_bytes, device, stream)
+            partial_out = address + list_bytes
+            partial_state = partial_out + self._out_bytes
+            work_list = work_list or address
+        with self._lock:
+            self._write_arrays(partial_out, partial_state, work_list, out, lse, lse_unit, q, k, v)
+            if rest is not self._rest:
+                self._rest = None  # should it not get written whole
+                self._write_rest(*rest)
+                self._rest = rest
+            if self._tensor_maps is not None:
+                self._tensor_maps.write(k, v, self._params.tensor_maps)
             if list_bytes and self._schedule is not None:
                 self._schedule(stream)
             self._decode(stream)
-            self._merge(stream)
+            if merge is not None:
+                merge(stream)
 
     def schedule(self, library: Library, kv_lens: int, window_left: int, work_list: int) -> None:
         """Make the work list of the lengths at ``kv_lens`` on the caller's current stream, for later ``run``."""
         ensure_context(self._runtime, self.device)
-        values: list[int | float] = [0] * (_DECODE_LEADING - 3)
-        values[_KV_LENS_VALUE], values[_WINDOW_VALUE] = kv_lens, window_left
-        params = self._params
-        with on_device(self._runtime, self.device), params.lock:
-            params.write(0, 0, work_list, *values)
+        rest = [0] * _DECODE_REST
+        rest[_KV_LENS_VALUE], rest[_WINDOW_VALUE] = kv_lens, window_left
+        with on_device(self._runtime, self.device), self._lock:
+            self._write_arrays(0, 0, work_list, *[0] * (_DECODE_ARRAYS - 3))
+            self._write_rest(*rest)
+            self._rest = None
             assert self._schedule is not None
             self._schedule(library.stream(self.device))
 
@@ -143,10 +159,6 @@ class PreparedDecode:
             device_to_device = 3  # cudaMemcpyKind
             stream = library.stream(self.device)
             self._runtime.memcpyAsync(to, kv_lens, 4 * self.problem.batch, device_to_device, stream)
-
-    def _write_maps(self, values: tuple[int | float, ...]) -> None:
-        assert self._tensor_maps is not None
-        self._tensor_maps.write(int(values[_K_VALUE]), int(values[_K_VALUE + 1]), self._params.tensor_maps)
 
 
 class RowAxes:

@@ -77,17 +77,17 @@ class _Contexts(threading.local):
         self.ready: set[int] = set()
 
 
-_contexts = _Contexts()
+contexts = _Contexts()
 
 
 def ensure_context(runtime: Any, index: int) -> None:
     """Make the device's context for this thread: launches go to the driver, which does not make one by itself."""
-    if index not in _contexts.ready:
+    if index not in contexts.ready:
         previous = runtime.getDevice()
         runtime.setDevice(index)
         if previous != index:
             runtime.setDevice(previous)
-        _contexts.ready.add(index)
+        contexts.ready.add(index)
 
 
 class on_device:

@@ -37,12 +37,16 @@ def launch_kernel() -> Any:
 
 @functools.cache
 def driver_function(name: str, arguments: int) -> Any:
-    """A function of the driver that CuPy does not bind, or None with a driver that lacks it."""
+    """A function of the driver that CuPy does not bind, or None with a driver that lacks it.
+
+    It takes that many ``arguments``, addresses; with 0 it takes whatever ctypes passes on, converted by the caller.
+    """
     try:
         function = getattr(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), name)
     except (OSError, AttributeError):
         return None
-    function.argtypes = (ctypes.c_void_p,) * arguments
+    if arguments:
+        function.argtypes = (ctypes.c_void_p,) * arguments
     return function
 
 
@@ -66,28 +70,37 @@ class Launch:
     plainly, with the same result.
     """
 
-    __slots__ = ("_arguments", "_attribute", "_config", "_config_address", "_launch", "_launch_ex", "_params", "_spec")
+    __slots__ = (
+        "_arguments", "_attribute", "_config", "_ex_arguments", "_launch", "_launch_ex", "_params", "_spec", "_stream",
+    )  # fmt: skip
 
     def __init__(self, kernel: Kernel, grid: int, params: ParamBlock, dependent: bool = False):
         self._params = params
         self._spec = kernel.spec
         self._launch = launch_kernel()
         early = dependent and device_info(kernel.device).arch >= 90
-        self._launch_ex = driver_function("cuLaunchKernelEx", 4) if early else None
+        self._launch_ex = driver_function("cuLaunchKernelEx", 0) if early else None
         # Function, grid, block, shared memory: what comes before the stream in a launch.
         self._arguments = (kernel.handle, grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._config = _Config(
             *self._arguments[1:], attributes=ctypes.pointer(self._attribute), attribute_count=1
         )  # fmt: skip
-        self._config_address = ctypes.addressof(self._config)
+        #: The stream that the configuration names.
+        self._stream = 0
+        # Converted here, which would take as long as the rest of a call does.
+        address = ctypes.c_void_p.from_param
+        self._ex_arguments = (
+            address(ctypes.addressof(self._config)), address(kernel.handle), address(params.address), None,
+        )  # fmt: skip
 
     def __call__(self, stream: int) -> None:
         """Launch on ``stream``. Call with the lock of the argument block held since it was written."""
         if self._launch_ex is None:
             self._launch(*self._arguments, stream, self._params.address, 0)
             return
-        self._config.stream = stream
-        status = self._launch_ex(self._config_address, self._arguments[0], self._params.address, 0)
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        status = self._launch_ex(*self._ex_arguments)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx failed on {self._spec} with CUDA driver error {status}")

@@ -49,7 +49,7 @@ class ParamBlock:
     """The memory that a launch hands to a kernel: a packed struct, and the array of its one address.
 
     ``leading`` is the number of fields that change from call to call; they stand first, behind any tensor maps, so that
-    ``write`` is one pack. ``tensor_maps`` are the addresses to write maps to.
+    ``write`` is one pack. ``tensor_maps`` are the bytes of the maps, one behind the other.
     Hold ``lock`` from ``write`` until the launch has returned: the driver copies the block during the launch.
     """
 
@@ -60,7 +60,7 @@ class ParamBlock:
         if missing or len(fixed) != len(fields) - leading:
             raise AssertionError(f"{name}: fields after the first {leading} do not match; missing {missing}")
         whole = struct.Struct("@" + "".join(code for _, code in fields))
-        head = struct.Struct("@" + "".join(code for _, code in fields[:leading]))
+        self._codes = "".join(code for _, code in fields[:leading])
         # A launch copies sizeof(struct) bytes: padded at the end to the alignment of its maps or pointers.
         alignment = 64 if maps else 8
         self._start = maps * TENSOR_MAP_BYTES
@@ -69,9 +69,16 @@ class ParamBlock:
         values: list[Any] = [0] * leading + [fixed[field] for field, _ in fields[leading:]]
         whole.pack_into(self._buffer, self._start, *values)
         address = ctypes.addressof(self._buffer)
-        self.tensor_maps = tuple(address + TENSOR_MAP_BYTES * i for i in range(maps))
+        self.tensor_maps = memoryview(self._buffer).cast("B")[: self._start]
         self._argument = (ctypes.c_void_p * 1)(address)
         self.address = ctypes.addressof(self._argument)
         #: Takes the values of the leading fields.
-        self.write: Callable[..., None] = functools.partial(head.pack_into, self._buffer, self._start)
+        self.write = self.writer(0, leading)
         self.lock = threading.Lock()
+
+    def writer(self, first: int, count: int) -> Callable[..., None]:
+        """What packs the values of ``count`` leading fields, the first of which is number ``first``."""
+        codes = self._codes[first : first + count]
+        # "0": as far as the first of them is aligned.
+        start = struct.calcsize(f"@{self._codes[:first]}0{codes[0]}")
+        return functools.partial(struct.Struct(f"@{codes}").pack_into, self._buffer, self._start + start)

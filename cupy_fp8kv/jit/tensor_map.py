@@ -50,7 +50,7 @@ class TensorMaps:
         ]
         self._scratch = ctypes.create_string_buffer(TENSOR_MAP_BYTES + 64)
         self._aligned = -(-ctypes.addressof(self._scratch) // 64) * 64
-        self._kept: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        self._kept: dict[tuple[int, int], bytes] = {}
         self._written: tuple[int, int] | None = None
 
     @staticmethod
@@ -62,18 +62,18 @@ class TensorMaps:
         box = (piece // 4, row_bytes // piece, spec.heads, spec.turn_rows, 1)
         return sizes, (piece, head, row, request), box, SWIZZLES.get(piece, 0)
 
-    def write(self, k: int, v: int, to: tuple[int, ...]) -> None:
-        """Write both maps of caches at these addresses. Under the lock of the argument block."""
-        if (k, v) == self._written:
+    def write(self, k: int, v: int, to: memoryview) -> None:
+        """Write both maps of caches at these addresses. Under the lock of the argument block, which ``to`` is in."""
+        caches = k, v
+        if caches == self._written:
             return
-        maps = self._kept.get((k, v))
+        maps = self._kept.get(caches)
         if maps is None:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            maps = self._kept[k, v] = self._encode(k, self._caches[0]), self._encode(v, self._caches[1])
-        for address, encoded in zip(to, maps, strict=True):
-            ctypes.memmove(address, encoded, TENSOR_MAP_BYTES)
-        self._written = k, v
+            maps = self._kept[caches] = self._encode(k, self._caches[0]) + self._encode(v, self._caches[1])
+        to[:] = maps
+        self._written = caches
 
     def _encode(self, address: int, geometry: _Geometry) -> bytes:
         encode_tiled(self._aligned, address, *geometry)

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import textwrap
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +14,11 @@ import oracle
 import pytest
 
 import cupy_fp8kv
+from cupy_fp8kv.arrays import CupyLibrary
 from cupy_fp8kv.backends import reference
 from cupy_fp8kv.formats import KV_FORMATS
-from cupy_fp8kv.kept_workspaces import KeptWorkspaces
+from cupy_fp8kv.jit import launch
+from cupy_fp8kv.kept_workspaces import MOST_STREAMS, KeptWorkspaces
 
 decode = cupy_fp8kv.batch_decode_with_padded_kv_cache
 decode_lse = cupy_fp8kv.batch_decode_with_padded_kv_cache_return_lse
@@ -495,16 +499,97 @@ def test_with_a_broken_cupy(tmp_path):
             assert error.partition("('")[2][:-2] in message
 
 
-def test_workspaces_are_kept_for_each_thread_and_device():
+class Memory:
+    """Something that is freed when nobody holds it."""
+
+
+def workspaces(keeps=True):
+    """Workspaces kept by ``get(nbytes, device, stream)``, and what is allocated for them."""
     kept, made = KeptWorkspaces(), []
 
     def allocate(nbytes, device):
-        made.append((nbytes, device))
-        return object(), 4096 * len(made)
+        memory = Memory()
+        made.append((nbytes, device, weakref.ref(memory)))
+        return memory, 4096 * len(made)
 
-    first = kept.workspace(100, 0, allocate)
-    assert kept.workspace(60, 0, allocate) is not None and kept.workspace(60, 0, allocate) == first
-    assert kept.workspace(60, 1, allocate) != first and kept.workspace(101, 0, allocate) != first
+    return lambda nbytes, device, stream=0: kept.workspace(nbytes, device, stream, allocate, lambda _: keeps), made
+
+
+def test_workspaces_are_kept_for_each_thread_device_and_stream():
+    get, made = workspaces()
+    first = get(100, 0)
+    assert get(60, 0) == first and get(100, 0) == first
+    others = [get(60, 1), get(60, 0, 7), get(60, 0, 9)]
+    assert len({address for _, address in (first, *others)}) == 4
+    assert [get(60, 1), get(60, 0, 7), get(60, 0, 9), get(60, 0)] == [*others, first]
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(kept.workspace, 100, 0, allocate).result() != first
-    assert made == [(100, 0), (60, 1), (101, 0), (100, 0)]
+        assert pool.submit(get, 100, 0).result() != first
+    assert [entry[:2] for entry in made] == [(100, 0), (60, 1), (60, 0), (60, 0), (100, 0)]
+
+
+def test_a_workspace_that_is_too_small_goes_back_before_a_larger_one_is_made():
+    kept, freed = KeptWorkspaces(), []
+
+    def allocate(nbytes, device):
+        assert nbytes == 100 or freed == [100]
+        memory = Memory()
+        weakref.finalize(memory, freed.append, nbytes)
+        return memory, 4096
+
+    for nbytes in (100, 101, 100):
+        kept.workspace(nbytes, 0, 7, allocate, lambda _: True)
+    assert freed == [100]
+
+
+def test_workspaces_are_kept_for_some_streams():
+    get, made = workspaces()
+    for stream in range(MOST_STREAMS + 1):
+        get(100, 0, stream)
+        held = sum(memory() is not None for *_, memory in made)
+        assert held == (stream + 1 if stream < MOST_STREAMS else 1)
+    before = len(made)
+    get(100, 0, MOST_STREAMS)
+    assert len(made) == before
+
+
+def test_memory_that_an_allocator_would_not_give_again_is_kept_for_the_default_stream_only():
+    get, made = workspaces(keeps=False)
+    for stream in (7, 0, 7, 0):
+        assert get(100, 0, stream)
+    assert [memory() is not None for *_, memory in made] == [False, True, False]
+
+
+class CupyRuntime:
+    capturing = False
+
+    def streamIsCapturing(self, stream):  # noqa: N802
+        return self.capturing
+
+
+def test_captured_calls_and_eager_ones_share_no_workspace(monkeypatch):
+    """On one stream: before, in, between and behind two captures."""
+    runtime, made = CupyRuntime(), []
+
+    def alloc(nbytes):
+        made.append(SimpleNamespace(mem=Memory(), ptr=4096 * (len(made) + 1), nbytes=nbytes))
+        return made[-1]
+
+    def ndarray(shape, dtype):
+        return SimpleNamespace(size=shape[0], data=alloc(shape[0]))
+
+    memory = SimpleNamespace(PooledMemory=Memory)
+    cuda = SimpleNamespace(alloc=alloc, get_current_stream=None, runtime=runtime, memory=memory)
+    library = CupyLibrary(SimpleNamespace(ndarray=ndarray, cuda=cuda))
+    capture = iter((5, 6))
+    addresses = []
+    for runtime.capturing in (False, True, False, True, False):
+        if runtime.capturing:
+            number = next(capture)
+            monkeypatch.setattr(launch, "capture_id", lambda stream, number=number: number)
+        pair = [library.workspace(100, 0, 7)[1] for _ in range(2)]
+        assert pair[0] == pair[1]
+        addresses.append(pair[0])
+    eager, captured = {*addresses[::2]}, {*addresses[1::2]}
+    assert len(eager) == 1 and len(captured) == 2 and not eager & captured
+    runtime.capturing = True
+    assert library.workspace(100, 0, 0)[1] not in eager | captured, "the default stream is not captured, and not 7"

@@ -1,5 +1,6 @@
 """The kernel with a ring in shared memory, executed on the CPU: what an H100 runs for long requests."""
 
+import ctypes
 import dataclasses
 
 import emulator
@@ -40,14 +41,19 @@ def test_any_order_of_threads_gives_the_same_bits(emulate, monkeypatch, seed):
 
 def test_maps_follow_the_addresses_of_a_call(monkeypatch):
     calls = []
-    monkeypatch.setattr(tensor_map, "encode_tiled", lambda to, address, *geometry: calls.append((address, geometry)))
+
+    def encode(to, address, *geometry):
+        calls.append((address, geometry))
+        ctypes.memset(to, address, 128)
+
+    monkeypatch.setattr(tensor_map, "encode_tiled", encode)
     case = Case(batch=3, num_kv_heads=2, kv_len=9)
     spec = ring_plan(case, emulator.HOPPER).spec
     maps = tensor_map.TensorMaps(case.problem, spec)
-    to = np.zeros(256, np.uint8)
-    places = (to.ctypes.data, to.ctypes.data + 128)
+    to = bytearray(256)
     for k, v in ((16, 32), (16, 32), (48, 64), (16, 32)):
-        maps.write(k, v, places)
+        maps.write(k, v, memoryview(to))
+        assert to == bytes([k] * 128 + [v] * 128)
     assert [address for address, _ in calls] == [16, 32, 48, 64]  # encoded once each
     sizes, strides, box, swizzle = calls[0][1]
     assert sizes == (32, 1, 2, 9, 3) and strides == (128, 128, 256, 256 * 9)
