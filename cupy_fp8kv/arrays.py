@@ -47,6 +47,8 @@ class Library:
 
     name = ""
     mutable = True
+    #: Whether ``out`` may be any array, with nothing to check.
+    always_writable = False
 
     def read(self, array: Any) -> tuple[int, Signature]:
         """Address of the first element, and the signature."""
@@ -113,6 +115,7 @@ class NumpyLibrary(Library):
 
 class CupyLibrary(Library):
     name = "cupy"
+    always_writable = True
 
     def __init__(self, cupy: Any):
         self._cupy = cupy
@@ -121,7 +124,9 @@ class CupyLibrary(Library):
         self._current_stream = cupy.cuda.get_current_stream
         self._runtime = cupy.cuda.runtime
         self._captured: dict[tuple[int, int], list[Any]] = {}
-        self._pooled = getattr(cupy.cuda.memory, "PooledMemory", None)
+        # Of a pool that knows streams by their handles.
+        pooled = getattr(cupy.cuda.memory, "PooledMemory", None)
+        self._is_pooled = lambda memory: type(memory.mem) is pooled
         self._kept = KeptWorkspaces()
         # Private, and told in half the time that a tuple of strides takes.
         self._tells_contiguous = hasattr(cupy.ndarray, "_c_contiguous")
@@ -146,6 +151,12 @@ class CupyLibrary(Library):
                 array = self._ndarray(shape, _NUMPY_DTYPES[dtype])
         return array, array.data.ptr
 
+    def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
+        if self._runtime.getDevice() != device:
+            return self.empty(shape, dtype, device)
+        made = self._ndarray(shape, array.dtype)
+        return made, made.data.ptr
+
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
         if stream and self._runtime.streamIsCapturing(stream):
             return self._captured_workspace(nbytes, stream)
@@ -154,10 +165,6 @@ class CupyLibrary(Library):
     def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
         memory = self._alloc(nbytes)
         return memory, memory.ptr
-
-    def _is_pooled(self, memory: Any) -> bool:
-        """Whether it is a pool's that knows streams by their handles."""
-        return type(memory.mem) is self._pooled
 
     def _captured_workspace(self, nbytes: int, stream: int) -> tuple[Any, int]:
         # CuPy's pool knows nothing of graphs: what went back to it would be written again by every replay. So each
@@ -189,6 +196,7 @@ class CupyLibrary(Library):
 
 class TorchLibrary(Library):
     name = "torch"
+    always_writable = True
 
     def __init__(self, torch: Any):
         self._torch = torch
@@ -210,10 +218,7 @@ class TorchLibrary(Library):
 
     def facts(self, signature: Signature) -> Facts:
         dtype, shape, strides, device = signature
-        if strides is None:
-            strides = contiguous_strides(shape, dtype.itemsize)
-        else:
-            strides = tuple(stride * dtype.itemsize for stride in strides)
+        strides = tuple(stride * dtype.itemsize for stride in strides or contiguous_strides(shape, 1))
         return Facts(str(dtype).removeprefix("torch."), tuple(shape), strides, device, self.name)
 
     def stream(self, device: int) -> int:

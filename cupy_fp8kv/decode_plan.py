@@ -202,13 +202,14 @@ class DecodePlan:
                 self._memory, self._list_address = library.empty((bounds.nbytes,), "uint8", device)
             else:
                 self._memory, self._lens_address = library.empty((self.problem.batch,), "int32", device)
+        self._tables = (self._lens_address, 0, 0) if self._lens_address else dispatch.NO_TABLES
         self._has_fast_way = on_device and abs(self._sm_scale) <= scales.MOST_FLOAT32
         self._read = library.read
         if on_device:
             self._kernels = self._prepared.kernels
         #: What follows the addresses among the values of a run without scales.
         self._rest = (
-            self._lens_address, 0, 0, 0, 0, 0, self._sm_scale, 1.0, logits_soft_cap or 0.0, self._window_left, 0, 0,
+            *self._tables, 0, 0, 0, self._sm_scale, 1.0, logits_soft_cap or 0.0, self._window_left, 0, 0,
         )  # fmt: skip
 
     @property
@@ -307,8 +308,8 @@ class DecodePlan:
                 self._soft_cap, self._sm_scale, self._lens, return_lse, self._lse_base, out,
             )  # fmt: skip
         return dispatch.run_on_device(
-            library, prepared, q, (q_address, k_address, v_address, out_address), (self._lens_address, 0, 0), q_scale,
-            k_scale, v_scale, self._window_left, self._soft_cap, self._sm_scale, return_lse, out, self._list_address,
+            library, prepared, q, (q_address, k_address, v_address, out_address), self._tables, q_scale, k_scale,
+            v_scale, self._window_left, self._soft_cap, self._sm_scale, return_lse, out, self._list_address,
         )  # fmt: skip
 
     def _check(self, index: int, array: Any) -> int:

@@ -135,10 +135,10 @@ class PreparedDecode:
             if self._tensor_maps is not None:
                 self._tensor_maps.write(k, v, self._params.tensor_maps)
             if list_bytes and self._schedule is not None:
-                self._schedule(stream)
-            self._decode(stream)
+                self._schedule.start(stream)
+            self._decode.start(stream)
             if merge is not None:
-                merge(stream)
+                merge.start(stream)
 
     def schedule(self, library: Library, kv_lens: int, window_left: int, work_list: int) -> None:
         """Make the work list of the lengths at ``kv_lens`` on the caller's current stream, for later ``run``."""

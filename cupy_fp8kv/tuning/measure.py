@@ -33,7 +33,8 @@ _MEMORY_SHARE = 0.7
 _TOLERANCES = {"f16": 3e-3, "bf16": 2e-2}
 _LSE_TOLERANCE = 1e-3
 
-_Values = tuple[int | float, ...]
+#: Arguments of ``PreparedDecode.run``: fields up to ``v``, and the rest of them in a tuple.
+_Values = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Call:
                     "q: expected an array on a CUDA device, like those of the calls to come, got a host one"
                 )
             instead = copy.copy(prepared)
-            instead.run = lambda library, values, work_list, workspace: found.extend(
-                (prepared.problem, prepared.device, values)
+            instead.run = lambda library, *values: found.extend(
+                (prepared.problem, prepared.device, values[: _FIELDS.index("v") + 2])
             )
             return instead
 
@@ -151,7 +152,7 @@ class GpuContest:
         """What a plan computes on the call's own caches, as float32: out in rows, and lse."""
         self._out.fill(0x7FFF)
         self._lse.fill(math.nan)
-        prepared.run(self._arena, _put(self._sets[0], {_LSE: self._lse.data.ptr}))
+        prepared.run(self._arena, *_put(self._sets[0], {_LSE: self._lse.data.ptr}))
         return _as_float32(self._out, self.problem.q_format), self._lse.copy()
 
     def check(self, plan: Plan) -> None:
@@ -173,7 +174,7 @@ class GpuContest:
         calls = max(len(sets), math.ceil(_REPLAY_US * _GUESSED_BYTES_PER_US / max(1, self.problem.kv_bytes)))
         calls = max(min(calls, _MOST_CALLS) // len(sets), 1) * len(sets)
         start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-        graph = capture(stream, lambda s: prepared.run(self._arena, sets[s]), len(sets), calls)
+        graph = capture(stream, lambda s: prepared.run(self._arena, *sets[s]), len(sets), calls)
 
         def replay() -> float:
             start.record(stream)

@@ -82,7 +82,7 @@ class Emulated:
             self.call.values, {measure._OUT: out.ctypes.data, measure._LSE: lse.ctypes.data}
         )  # fmt: skip
         strides = (self.call.problem.num_qo_heads * dim * 2, dim * 2)
-        cuda.PreparedDecode(self.call.problem, 0, strides, plan).run(emulator.library, values)
+        cuda.PreparedDecode(self.call.problem, 0, strides, plan).run(emulator.library, *values)
         if choice(plan) == self.wrong:
             out[3] *= 1.1
         return np.asarray(out).astype(np.float32), np.asarray(lse)
@@ -216,7 +216,7 @@ def test_a_call_is_taken_with_all_it_says(emulate):
         v_scale=0.25, sm_scale=0.125, kv_format=("e4m3", "e5m2"),
     )  # fmt: skip
     assert len(emulate.launches) == before, "nothing is launched"
-    named = dict(zip(measure._FIELDS, call.values, strict=False))
+    named = dict(zip(measure._FIELDS, (*call.values[:-1], *call.values[-1]), strict=False))
     assert (named["q"], named["k"], named["v"]) == tuple(x.view.ctypes.data for x in (moved.q, moved.k, moved.v))
     assert named["k_scale"] == k_scale.ctypes.data and named["k_scale_stride"] == 1 and named["out_scale"] == 0.25
     assert (named["soft_cap"], named["window_left"], named["logit_scale"]) == (30.0, 17, 0.125)
@@ -364,7 +364,7 @@ def test_a_contest_runs_every_plan_on_copies_of_the_caches(made_up_cupy, case):
     prepared = contest._prepare(plan_decode(call.problem, emulator.DEVICE))
     for values in contest._sets[1:]:
         contest._out.fill(0x7FFF)
-        prepared.run(contest._arena, values)
+        prepared.run(contest._arena, *values)
         assert np.array_equal(measure._as_float32(contest._out, case.q), contest._want[0])
 
     options = plan_options(call.problem, emulator.DEVICE)
