@@ -129,7 +129,7 @@ class PreparedDecode:
         with self._lock:
             self._write_arrays(partial_out, partial_state, work_list, out, lse, lse_unit, q, k, v)
             if rest is not self._rest:
-                self._rest = None  # should it not get written whole
+                self._rest = None  # if it does not get written whole
                 self._write_rest(*rest)
                 self._rest = rest
             if self._tensor_maps is not None:

@@ -321,6 +321,16 @@ def test_torch_meta_and_sparse_are_refused():
         decode(q, k, v.to_sparse())
 
 
+def test_what_is_wrong_with_an_out_of_torch_is_named():
+    q, k, v = (to_torch(array) for array in inputs("f16"))
+    with pytest.raises(TypeError, match=r"^out: expected a dense torch tensor on CUDA or CPU.*meta"):
+        decode(q, k, v, out=q.to("meta"))
+    with pytest.raises(TypeError, match=r"^out: expected a dense torch tensor.*sparse"):
+        decode(q, k, v, out=q.to_sparse())
+    with pytest.raises(TypeError, match=r"^out: expected an array of torch like q, got ndarray"):
+        decode(q, k, v, out=inputs()[0])
+
+
 @pytest.mark.parametrize("what", [np.float16(1.0), 1.0, [[1.0]], None, "q", object(), np.bool_(True)])
 def test_what_is_no_array_is_refused(what):
     q, k, v = inputs()
