@@ -123,7 +123,7 @@ class CupyLibrary(Library):
         self._alloc = cupy.cuda.alloc
         self._current_stream = cupy.cuda.get_current_stream
         self._runtime = cupy.cuda.runtime
-        self._captured: dict[tuple[int, int], list[Any]] = {}
+        self._captured: dict[tuple[int, int], list[tuple[int, Any, int]]] = {}
         # Of a pool that knows streams by their handles.
         pooled = getattr(cupy.cuda.memory, "PooledMemory", None)
         self._is_pooled = lambda memory: type(memory.mem) is pooled
@@ -159,23 +159,23 @@ class CupyLibrary(Library):
 
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
         if stream and self._runtime.streamIsCapturing(stream):
-            return self._captured_workspace(nbytes, stream)
+            return self._captured_workspace(nbytes, device, stream)
         return self._kept.workspace(nbytes, device, stream, self._allocate, self._is_pooled)
 
     def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
         memory = self._alloc(nbytes)
         return memory, memory.ptr
 
-    def _captured_workspace(self, nbytes: int, stream: int) -> tuple[Any, int]:
-        # CuPy's pool knows nothing of graphs: what went back to it would be written again by every replay. So each
-        # capture keeps a workspace for each of its streams, for good.
+    def _captured_workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
+        # CuPy's pool knows nothing of graphs: what went back to it would be written again by every replay. So a capture
+        # keeps a workspace for each of its streams for good: that of eager calls before, as it may not allocate.
         from .jit.launch import capture_id
 
         key = (capture_id(stream), stream)
-        kept = self._captured.get(key)
-        if kept is None or kept[-1].size < nbytes:
-            kept = self._captured[key] = [*(kept or ()), self._ndarray((nbytes,), _NUMPY_DTYPES["uint8"])]
-        return kept[-1], kept[-1].data.ptr
+        held = self._captured.setdefault(key, [])
+        if not held or held[-1][0] < nbytes:
+            held.append(self._kept.take(nbytes, device, stream) or (nbytes, *self._allocate(nbytes, device)))
+        return held[-1][1:]
 
     def to_numpy(self, array: Any) -> np.ndarray:
         carrier = _CARRIERS.get(array.dtype.name)

@@ -43,3 +43,8 @@ class KeptWorkspaces(threading.local):
         if not stream or keeps(memory):
             kept[device, stream] = nbytes, memory, address
         return memory, address
+
+    def take(self, nbytes: int, device: int, stream: int) -> tuple[int, Any, int] | None:
+        """What is kept for a stream, if it is large enough; it is kept no longer."""
+        found = self._kept.get((device, stream))
+        return self._kept.pop((device, stream)) if found is not None and found[0] >= nbytes else None

@@ -569,37 +569,44 @@ def test_memory_that_an_allocator_would_not_give_again_is_kept_for_the_default_s
     assert [memory() is not None for *_, memory in made] == [False, True, False]
 
 
-class CupyRuntime:
-    capturing = False
-
-    def streamIsCapturing(self, stream):  # noqa: N802
-        return self.capturing
-
-
-def test_captured_calls_and_eager_ones_share_no_workspace(monkeypatch):
-    """On one stream: before, in, between and behind two captures."""
-    runtime, made = CupyRuntime(), []
+@pytest.fixture
+def cupy_by_hand(monkeypatch):
+    """CuPy's library over an allocator that counts. Stream 7 is captured if, and as what, ``number`` says."""
+    made = SimpleNamespace(sizes=[], number=None)
 
     def alloc(nbytes):
-        made.append(SimpleNamespace(mem=Memory(), ptr=4096 * (len(made) + 1), nbytes=nbytes))
-        return made[-1]
+        made.sizes.append(nbytes)
+        return SimpleNamespace(mem=Memory(), ptr=4096 * len(made.sizes))
 
-    def ndarray(shape, dtype):
-        return SimpleNamespace(size=shape[0], data=alloc(shape[0]))
+    cuda = SimpleNamespace(
+        alloc=alloc, get_current_stream=None, memory=SimpleNamespace(PooledMemory=Memory),
+        runtime=SimpleNamespace(streamIsCapturing=lambda stream: stream == 7 and made.number is not None),
+    )  # fmt: skip
+    monkeypatch.setattr(launch, "capture_id", lambda stream: made.number)
+    made.library = CupyLibrary(SimpleNamespace(ndarray=None, cuda=cuda))
+    return made
 
-    memory = SimpleNamespace(PooledMemory=Memory)
-    cuda = SimpleNamespace(alloc=alloc, get_current_stream=None, runtime=runtime, memory=memory)
-    library = CupyLibrary(SimpleNamespace(ndarray=ndarray, cuda=cuda))
-    capture = iter((5, 6))
-    addresses = []
-    for runtime.capturing in (False, True, False, True, False):
-        if runtime.capturing:
-            number = next(capture)
-            monkeypatch.setattr(launch, "capture_id", lambda stream, number=number: number)
-        pair = [library.workspace(100, 0, 7)[1] for _ in range(2)]
-        assert pair[0] == pair[1]
-        addresses.append(pair[0])
-    eager, captured = {*addresses[::2]}, {*addresses[1::2]}
-    assert len(eager) == 1 and len(captured) == 2 and not eager & captured
-    runtime.capturing = True
-    assert library.workspace(100, 0, 0)[1] not in eager | captured, "the default stream is not captured, and not 7"
+
+def test_captured_calls_and_eager_ones_share_no_workspace(cupy_by_hand):
+    """On one stream: before, in, between and behind two captures."""
+    made, addresses = cupy_by_hand, []
+    for made.number in (None, 5, None, 6, None):
+        # What eager calls had goes to the capture, which thus allocates nothing; later ones never see it.
+        (address,) = {made.library.workspace(100, 0, 7)[1] for _ in range(2)}
+        addresses.append(address)
+        assert len(made.sizes) == {None: len(addresses) // 2 + 1, 5: 1, 6: 2}[made.number]
+    before, first, between, second, behind = addresses
+    assert before == first and between == second and len({first, second, behind}) == 3
+    assert made.library.workspace(100, 0, 0)[1] not in addresses, "the default stream is another"
+
+
+def test_a_capture_that_needs_more_than_there_was_allocates_and_holds_all_it_had(cupy_by_hand):
+    made = cupy_by_hand
+    made.library.workspace(100, 0, 7)
+    made.number = 5
+    got = [made.library.workspace(nbytes, 0, 7)[1] for nbytes in (100, 300, 200, 100)]
+    assert made.sizes == [100, 300] and got[1:] == [got[1]] * 3 != [got[0]] * 3
+    made.number = None
+    assert made.library.workspace(100, 0, 7)[1] not in got
+    ((*_, held),) = [[memory for _, memory, _ in entries] for entries in made.library._captured.values()]
+    assert held is not None and made.sizes == [100, 300, 100]

@@ -86,6 +86,25 @@ def test_eager_calls_beside_a_graph_of_the_same_stream(several):
             assert not wrong(got, several)
 
 
+def test_a_capture_takes_the_workspace_of_the_call_before(several):
+    """In a mode that forbids a capture to allocate; twice on one stream."""
+    stream, out = cp.cuda.Stream(non_blocking=True), cp.empty_like(several[0][1])
+    views, want = several[0]
+    graphs = []
+    with stream:
+        for _ in range(2):
+            decode(*views, out=out)
+            stream.synchronize()
+            stream.begin_capture(cp.cuda.runtime.streamCaptureModeGlobal)
+            decode(*views, out=out)
+            graphs.append(stream.end_capture())
+        for graph in graphs:
+            out.fill(0)
+            graph.launch(stream)
+            stream.synchronize()
+            assert_same_bits(out, want)
+
+
 def test_a_stream_keeps_one_workspace(several):
     pool, views = cp.get_default_memory_pool(), several[0][0]
     out = cp.empty_like(several[0][1])
@@ -102,12 +121,12 @@ def test_an_allocator_without_a_pool_by_handles(several):
     """What cudaMallocAsync gives belongs to a stream, not to a handle: it is freed with the call."""
     if not cp.cuda.runtime.deviceGetAttribute(cp.cuda.runtime.cudaDevAttrMemoryPoolsSupported, 0):
         pytest.skip("this device has no memory pools")
-    got = []
+    got, streams = [], [cp.cuda.Stream(non_blocking=True) for _ in range(20)]
     with cp.cuda.using_allocator(cp.cuda.malloc_async):
-        for turn in range(20):
-            with cp.cuda.Stream(non_blocking=True) as stream:
-                i = turn % len(several)
+        for turn, stream in enumerate(streams):
+            i = turn % len(several)
+            with stream:
                 got.append((i, decode(*several[i][0])))
-                stream.synchronize()
+        cp.cuda.runtime.deviceSynchronize()
         assert not wrong(got, several)
         got.clear()
