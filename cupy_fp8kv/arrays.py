@@ -123,11 +123,10 @@ class CupyLibrary(Library):
         self._alloc = cupy.cuda.alloc
         self._current_stream = cupy.cuda.get_current_stream
         self._runtime = cupy.cuda.runtime
-        self._captured: dict[tuple[int, int], list[tuple[int, Any, int]]] = {}
+        self._captured: dict[tuple[int, int], list[tuple[int, tuple[Any, int]]]] = {}
         # Of a pool that knows streams by their handles.
         pooled = getattr(cupy.cuda.memory, "PooledMemory", None)
-        self._is_pooled = lambda memory: type(memory.mem) is pooled
-        self._kept = KeptWorkspaces()
+        self._kept = KeptWorkspaces(self._allocate, lambda memory: type(memory.mem) is pooled)
         # Private, and told in half the time that a tuple of strides takes.
         self._tells_contiguous = hasattr(cupy.ndarray, "_c_contiguous")
 
@@ -160,7 +159,7 @@ class CupyLibrary(Library):
     def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
         if stream and self._runtime.streamIsCapturing(stream):
             return self._captured_workspace(nbytes, device, stream)
-        return self._kept.workspace(nbytes, device, stream, self._allocate, self._is_pooled)
+        return self._kept.workspace(nbytes, device, stream)
 
     def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
         memory = self._alloc(nbytes)
@@ -174,8 +173,8 @@ class CupyLibrary(Library):
         key = (capture_id(stream), stream)
         held = self._captured.setdefault(key, [])
         if not held or held[-1][0] < nbytes:
-            held.append(self._kept.take(nbytes, device, stream) or (nbytes, *self._allocate(nbytes, device)))
-        return held[-1][1:]
+            held.append(self._kept.take(nbytes, device, stream) or (nbytes, self._allocate(nbytes, device)))
+        return held[-1][1]
 
     def to_numpy(self, array: Any) -> np.ndarray:
         carrier = _CARRIERS.get(array.dtype.name)
@@ -204,7 +203,7 @@ class TorchLibrary(Library):
         self._devices: dict[int, Any] = {}
         # Two thirds of the time of new_empty.
         self._empty_like, self._c_order = torch.empty_like, torch.contiguous_format
-        self._kept = KeptWorkspaces()
+        self._kept = KeptWorkspaces(self._allocate, bool)
         # Private and 40 times faster than the public call (0.2 against 8 microseconds).
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -245,7 +244,7 @@ class TorchLibrary(Library):
         # On other streams the allocator may be recording a graph, or hold the caller to account for what is left.
         if stream:
             return self._allocate(nbytes, device)
-        return self._kept.workspace(nbytes, device, stream, self._allocate, bool)
+        return self._kept.workspace(nbytes, device, stream)
 
     def _allocate(self, nbytes: int, device: int) -> tuple[Any, int]:
         return self.empty((nbytes,), "uint8", device)

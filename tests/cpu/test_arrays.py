@@ -515,14 +515,15 @@ class Memory:
 
 def workspaces(keeps=True):
     """Workspaces kept by ``get(nbytes, device, stream)``, and what is allocated for them."""
-    kept, made = KeptWorkspaces(), []
+    made = []
 
     def allocate(nbytes, device):
         memory = Memory()
         made.append((nbytes, device, weakref.ref(memory)))
         return memory, 4096 * len(made)
 
-    return lambda nbytes, device, stream=0: kept.workspace(nbytes, device, stream, allocate, lambda _: keeps), made
+    kept = KeptWorkspaces(allocate, lambda memory: keeps)
+    return lambda nbytes, device, stream=0: kept.workspace(nbytes, device, stream), made
 
 
 def test_workspaces_are_kept_for_each_thread_device_and_stream():
@@ -538,7 +539,7 @@ def test_workspaces_are_kept_for_each_thread_device_and_stream():
 
 
 def test_a_workspace_that_is_too_small_goes_back_before_a_larger_one_is_made():
-    kept, freed = KeptWorkspaces(), []
+    freed = []
 
     def allocate(nbytes, device):
         assert nbytes == 100 or freed == [100]
@@ -546,8 +547,9 @@ def test_a_workspace_that_is_too_small_goes_back_before_a_larger_one_is_made():
         weakref.finalize(memory, freed.append, nbytes)
         return memory, 4096
 
+    kept = KeptWorkspaces(allocate, lambda memory: True)
     for nbytes in (100, 101, 100):
-        kept.workspace(nbytes, 0, 7, allocate, lambda _: True)
+        kept.workspace(nbytes, 0, 7)
     assert freed == [100]
 
 
@@ -608,5 +610,5 @@ def test_a_capture_that_needs_more_than_there_was_allocates_and_holds_all_it_had
     assert made.sizes == [100, 300] and got[1:] == [got[1]] * 3 != [got[0]] * 3
     made.number = None
     assert made.library.workspace(100, 0, 7)[1] not in got
-    ((*_, held),) = [[memory for _, memory, _ in entries] for entries in made.library._captured.values()]
+    ((*_, held),) = [[memory for _, (memory, _) in entries] for entries in made.library._captured.values()]
     assert held is not None and made.sizes == [100, 300, 100]
