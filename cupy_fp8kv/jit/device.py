@@ -43,6 +43,13 @@ def require_cupy() -> Any:
     return importlib.import_module("cupy")
 
 
+@functools.cache
+def driver() -> Any:
+    """CuPy's bindings of the driver."""
+    require_cupy()
+    return importlib.import_module("cupy_backends.cuda.api.driver")
+
+
 def check_backend(backend: Any) -> None:
     """ValueError for anything but the names of the two backends and None."""
     if not (backend is None or (isinstance(backend, str) and backend in ("cuda", "numpy"))):

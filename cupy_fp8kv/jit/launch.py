@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import sys
 from typing import Any
 
 from .compiler import Kernel
-from .device import device_info, require_cupy
+from .device import device_info, driver
 from .params import ParamBlock
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -31,8 +30,7 @@ class _Config(ctypes.Structure):
 @functools.cache
 def launch_kernel() -> Any:
     """CuPy's binding of ``cuLaunchKernel``: integers in, some four microseconds."""
-    require_cupy()
-    return importlib.import_module("cupy_backends.cuda.api.driver").launchKernel
+    return driver().launchKernel
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from ptx_functions import FUNCTIONS
 import cupy_fp8kv
 from cupy_fp8kv.backends import cuda, cuda_append, cuda_merging, cuda_pages
 from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
-from cupy_fp8kv.jit import compiler, params, sources
+from cupy_fp8kv.jit import compiler, kernel_files, params, sources
+from cupy_fp8kv.jit import nvrtc as nvrtc_of_cupy
 from cupy_fp8kv.jit.params import STRUCTS, TENSOR_MAP_BYTES, ParamBlock, divisors
 from cupy_fp8kv.jit.spec import (
     SCHEDULES,
@@ -359,49 +360,60 @@ def test_a_broken_specialisation_is_told_apart(nvrtc):
 
 
 @pytest.fixture
-def made_up_device(monkeypatch):
-    """compiler.load on a device that is not there: gives what to call with the ``get_function`` of its modules."""
-    cupy = pytest.importorskip("cupy")
+def made_up_device(monkeypatch, tmp_path):
+    """compiler.load on a device that is not there: gives what to call with what compiles the source of a kernel."""
 
-    def with_function(function):
-        class Module:
-            def __init__(self, code, options, backend):
-                self.code = code
+    class Module:
+        def load(self, cubin):
+            self.cubin = cubin
 
-            def get_function(self, entry):
-                return function(self.code)
+        def get_function(self, entry):
+            return SimpleNamespace(ptr=1)
 
-        class FakeCupy:
-            RawModule = Module
+    class FakeCupy:
+        class cuda:
+            runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda index: None)
 
-            class cuda:
-                runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda index: None)
-                compiler = cupy.cuda.compiler
-
-        monkeypatch.setattr(compiler, "require_cupy", lambda: FakeCupy)
-
+    FakeCupy.cuda.Module = Module
+    fake_driver = SimpleNamespace(
+        CUDADriverError=ZeroDivisionError, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+        funcSetAttribute=lambda function, attribute, value: None,
+    )  # fmt: skip
+    monkeypatch.setattr(compiler, "require_cupy", lambda: FakeCupy)
+    monkeypatch.setattr(compiler, "driver", lambda: fake_driver)
     monkeypatch.setattr(compiler, "device_info", lambda index: type("Info", (), {"arch": 90}))
-    for memo in ("_kernels", "_modules", "_compiling"):
+    monkeypatch.setattr(compiler, "_file", compiler._file.__wrapped__)
+    monkeypatch.setattr(nvrtc_of_cupy, "nearest_arch", lambda arch: arch)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    for memo in ("_kernels", "_modules", "_loading"):
         monkeypatch.setattr(compiler, memo, {})
-    return with_function
+
+    def with_compiler(compile_text):
+        def compile_source(source, arch):
+            compile_text(source)
+            return source.encode(), ""
+
+        monkeypatch.setattr(nvrtc_of_cupy, "compile_source", compile_source)
+        return Module
+
+    return with_compiler
 
 
-def loaded_function():
-    return SimpleNamespace(kernel=SimpleNamespace(ptr=1), max_dynamic_shared_size_bytes=0)
+def forget_kernels():
+    """As in another process: what is on disk stays."""
+    compiler._kernels.clear()
+    compiler._modules.clear()
 
 
 def test_the_error_of_a_load_has_log_and_specialisation(made_up_device):
     log = 'cuda_src/base/ptx.cuh(12): error: expected a ";"'
     failing = [True]
 
-    def function(code):
-        if failing[0] and "// decode[" in code:
-            from cupy.cuda.compiler import CompileException
+    def compile_text(source):
+        if failing[0] and "// decode[" in source:
+            raise nvrtc_of_cupy.CompileError(log)
 
-            raise CompileException(log, code, "kernel.cu", ("-std=c++17",))
-        return loaded_function()
-
-    made_up_device(function)
+    made_up_device(compile_text)
     for load in (compiler.load, lambda spec, device: compiler.load_all([spec, MergeSpec("f16")], device)):
         with pytest.raises(RuntimeError) as caught:
             load(SPEC, 0)
@@ -415,7 +427,7 @@ def test_different_kernels_are_compiled_at_the_same_time(made_up_device, monkeyp
     monkeypatch.setattr(compiler.os, "cpu_count", lambda: 3)
     some = list(SPECS[:3])
     together = threading.Barrier(len(some))
-    made_up_device(lambda code: together.wait(timeout=20) is not None and loaded_function())
+    made_up_device(lambda source: together.wait(timeout=20))
     kernels = compiler.load_all([*some, SPEC], 0)
     assert [kernel.spec for kernel in kernels] == [*some, SPEC] and kernels[0] is kernels[-1]
     assert compiler.load_all(some, 0) == kernels[:-1], "and once"
@@ -423,11 +435,13 @@ def test_different_kernels_are_compiled_at_the_same_time(made_up_device, monkeyp
 
 def test_progress_takes_the_place_of_messages(made_up_device, monkeypatch, capsys):
     monkeypatch.setattr(compiler, "_SILENT_SECONDS", 0.01)
-    made_up_device(lambda code: time.sleep(0.1) or loaded_function())
+    made_up_device(lambda source: time.sleep(0.1))
     told = []
     compiler.load_all(SPECS, 0, lambda: told.append(threading.current_thread()))
     assert told == [threading.current_thread()] * len(SPECS) and not capsys.readouterr().err
-    compiler._kernels.clear()
+    forget_kernels()
+    kernel_files_removed = [file.unlink() for file in kernel_files.folder().iterdir()]
+    assert len(kernel_files_removed) == len(SPECS)
     compiler.load_all(SPECS, 0)
     said = capsys.readouterr().err
     assert all(str(spec) in said for spec in SPECS)
@@ -435,7 +449,7 @@ def test_progress_takes_the_place_of_messages(made_up_device, monkeypatch, capsy
 
 def test_one_kernel_is_compiled_once_by_many_threads(made_up_device):
     compiled, at_once = [], threading.Barrier(8)
-    made_up_device(lambda code: compiled.append(code) or time.sleep(0.05) or loaded_function())
+    made_up_device(lambda source: compiled.append(source) or time.sleep(0.05))
     with ThreadPoolExecutor(8) as pool:
         kernels = list(pool.map(lambda _: at_once.wait() is not None and compiler.load(SPEC, 0), range(8)))
     assert len(compiled) == 1 and len(set(map(id, kernels))) == 1
@@ -446,7 +460,7 @@ def loads(monkeypatch):
     """Loading is made up: gives the list of what is loaded."""
     found = []
 
-    def load(spec, source, device, quiet):
+    def load(spec, file, device, quiet):
         found.append((spec, device, quiet))
         if spec.head_dim == 24:
             raise RuntimeError("does not compile")
@@ -456,6 +470,7 @@ def loads(monkeypatch):
     fake = type("cupy", (), {"cuda": type("cuda", (), {"runtime": runtime})})
     monkeypatch.setattr(compiler, "require_cupy", lambda: fake)
     monkeypatch.setattr(compiler, "_load", load)
+    monkeypatch.setattr(compiler, "_file", lambda spec, device: f"{spec}.cubin")
     monkeypatch.setattr(compiler, "_kernels", {})
     return found
 
