@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from typing import Any
 
 from .compiler import Kernel
-from .device import device_info, driver
+from .device import device_info, driver, driver_function
 from .params import ParamBlock
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -31,17 +30,6 @@ class _Config(ctypes.Structure):
 def launch_kernel() -> Any:
     """CuPy's binding of ``cuLaunchKernel``: integers in, some four microseconds."""
     return driver().launchKernel
-
-
-@functools.cache
-def driver_function(name: str, arguments: int) -> Any:
-    """A function of the driver that CuPy does not bind, or None with a driver that lacks it."""
-    try:
-        function = getattr(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), name)
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_void_p,) * arguments
-    return function
 
 
 def capture_id(stream: int) -> int:
