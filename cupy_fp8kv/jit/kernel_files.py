@@ -22,10 +22,10 @@ from . import nvrtc
 _WINDOWS = sys.platform == "win32"
 #: NVRTC of CUDA 12 and of CUDA 13, and the folders of their wheels.
 _LIBRARIES = ("nvrtc64_120_0.dll", "nvrtc64_130_0.dll") if _WINDOWS else ("libnvrtc.so.12", "libnvrtc.so.13")
-_WHEELS = tuple(os.path.join("nvidia", name, "bin" if _WINDOWS else "lib") for name in ("cuda_nvrtc", "cu13"))
+_WHEELS = ("nvidia/cuda_nvrtc/bin", "nvidia/cu13/bin") if _WINDOWS else ("nvidia/cuda_nvrtc/lib", "nvidia/cu13/lib")
 #: Variables that tell where CUDA is, and where libraries are.
 _ROOTS = ("CUDA_PATH", "CUDA_HOME", "CONDA_PREFIX")
-_SEARCHED = ("LD_LIBRARY_PATH", "PATH") if _WINDOWS else ("LD_LIBRARY_PATH",)
+_SEARCHED = "PATH" if _WINDOWS else "LD_LIBRARY_PATH"
 
 
 def cache_folder() -> Path:
@@ -50,12 +50,12 @@ def exists(name: str) -> bool:
 @functools.cache
 def _compilers() -> tuple[str, ...]:
     """Every NVRTC that CuPy may load, as it was when this process first asked: the one it loads stays the same."""
-    folders = [os.path.join(root, wheel) for root in sys.path for wheel in _WHEELS]
-    for root in (*(os.environ.get(name, "") for name in _ROOTS), "/usr/local/cuda", sys.prefix):
-        folders += [os.path.join(root, name) for name in ("lib64", "lib", "bin") if root]
-    for name in _SEARCHED:
-        folders += filter(None, os.environ.get(name, "").split(os.pathsep))
-    paths = dict.fromkeys(os.path.join(one, name) for one in folders for name in _LIBRARIES)
+    wheels = zip(_WHEELS, _LIBRARIES, strict=True)
+    paths = [os.path.join(root, *wheel) for wheel in wheels for root in sys.path]
+    roots = filter(None, (*map(os.environ.get, _ROOTS), "/usr/local/cuda", sys.prefix))
+    folders = [os.path.join(root, name) for root in roots for name in (("bin",) if _WINDOWS else ("lib64", "lib"))]
+    folders += filter(None, os.environ.get(_SEARCHED, "").split(os.pathsep))
+    paths += [os.path.join(folder, name) for folder in dict.fromkeys(folders) for name in _LIBRARIES]
     return tuple(filter(None, map(_stamp, paths)))
 
 

@@ -60,8 +60,8 @@ def test_every_public_name_comes_when_it_is_asked_for():
     assert not [name for name in names if isinstance(getattr(cupy_fp8kv, name), type(sys))]
     for module, later in cupy_fp8kv._LATER.items():
         code = (
-            f"import sys, cupy_fp8kv; assert {set(later)!r} <= {{*dir(cupy_fp8kv)}}; before = {f'cupy_fp8kv.{module}'!r} in sys.modules; "
-            f"found = [getattr(cupy_fp8kv, name) for name in {later!r}]; "
+            f"import sys, cupy_fp8kv; before = {f'cupy_fp8kv.{module}'!r} in sys.modules; names = {later!r}; "
+            "assert set(names) <= set(dir(cupy_fp8kv)); found = [getattr(cupy_fp8kv, name) for name in names]; "
             "print(before, *(one.__module__ for one in found))"
         )
         assert in_a_new_process(code) == ["False", *[f"cupy_fp8kv.{module}"] * len(later)]
