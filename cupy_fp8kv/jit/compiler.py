@@ -32,8 +32,8 @@ _lock = threading.Lock()
 #: By the name of the file that a module is kept in, and the device.
 _modules: dict[tuple[str, int], Any] = {}
 _kernels: dict[tuple[Spec, int], Kernel] = {}
-#: Held by the thread that loads or compiles a module. Different ones are compiled at the same time.
-_loading: dict[tuple[str, int], threading.Lock] = {}
+#: By that name, held by the thread that loads or compiles the module. Different ones are compiled at the same time.
+_loading: dict[str, threading.Lock] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _file(spec: Spec, device: int) -> str:
 def _load_once(spec: Spec, device: int, quiet: bool = False) -> Kernel:
     file = _file(spec, device)
     with _lock:
-        loading = _loading.setdefault((file, device), threading.Lock())
+        loading = _loading.setdefault(file, threading.Lock())
     with loading:
         kernel = _kernels.get((spec, device))
         if kernel is None:

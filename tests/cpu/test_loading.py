@@ -204,6 +204,13 @@ def test_some_that_are_kept_and_some_that_are_not(compiled):
     assert [kernel.spec for kernel in kernels] == list(SPECS) and len(compiled) == len(SPECS) == len(told)
 
 
+def test_several_devices_compile_once(compiled):
+    with ThreadPoolExecutor(4) as pool:
+        kernels = list(pool.map(lambda device: compiler.load(SPEC, device), range(4)))
+    assert len(compiled) == 1 and [kernel.device for kernel in kernels] == [0, 1, 2, 3]
+    assert len({id(kernel.owner.module) for kernel in kernels}) == 4, "a module is of one device"
+
+
 def test_specialisations_of_one_source_share_a_module(compiled):
     entries = [dataclasses.replace(SPECS[4], entry=entry) for entry in ("amax", "scales", "quantize")]
     kernels = compiler.load_all(entries, 0)
