@@ -1,6 +1,5 @@
 """From a specialisation to a loaded kernel, on a device that is not there: once each, side by side, kept on disk."""
 
-import ctypes
 import dataclasses
 import os
 import subprocess
@@ -14,9 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import cupy_fp8kv
-from cupy_fp8kv.jit import compiler, device, kernel_files, nvrtc
+from cupy_fp8kv.jit import compiler, kernel_files, nvrtc
 from cupy_fp8kv.jit.spec import AppendSpec, DecodeSpec, MergeSpec, MergeStatesSpec, QuantizeSpec
-from cupy_fp8kv.plan import DeviceInfo
 
 ROOT = Path(cupy_fp8kv.__file__).parent.parent
 SPEC = DecodeSpec("f16", "e4m3", "e5m2", 128, 1, 1, 16, 1)
@@ -377,30 +375,3 @@ def test_the_nearest_architecture(monkeypatch, arch, nearest):
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(cupy.cuda.nvrtc, "getSupportedArchs", lambda: (80, 86, 87, 89, 90, 100, 120))
     assert nvrtc.nearest_arch(arch) == nearest
-
-
-@pytest.mark.parametrize("bound", [True, False], ids=["driver", "runtime"])
-def test_what_the_planner_is_told_of_a_device(monkeypatch, bound):
-    asked = []
-
-    class Runtime:
-        cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin = 16, 97  # noqa: N815
-
-        def deviceGetAttribute(self, attribute, index):  # noqa: N802
-            assert index == 1
-            return {16: 132, 97: 232448}[attribute]
-
-        def getDeviceProperties(self, index):  # noqa: N802
-            asked.append(index)
-            return {"name": b"a GPU"}
-
-    def get_name(address, length, index):
-        assert (length, index) == (256, 1)
-        ctypes.memmove(address, b"a GPU\0", 6)
-        return 0
-
-    cuda = SimpleNamespace(runtime=Runtime(), Device=lambda index: SimpleNamespace(compute_capability="90"))
-    monkeypatch.setattr(device, "require_cupy", lambda: SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(device, "driver_function", lambda name, arguments: get_name if bound else None)
-    assert device.device_info.__wrapped__(1) == DeviceInfo("a GPU", 90, 132, 232448)
-    assert asked == ([] if bound else [1]), "the runtime's properties take long"
