@@ -13,8 +13,9 @@ from typing import Any
 from . import __version__, terminal
 from .formats import KV_FORMATS
 from .jit import sources
-from .jit.compiler import cache_folder
 from .jit.device import cupy_problem
+from .jit.kernel_files import cache_folder
+from .jit.nvrtc import library as nvrtc_library
 from .positions import POSITION_MODES
 from .tuning import store
 
@@ -56,15 +57,6 @@ def _short(path: str | Path | None) -> str | None:
         return None
     text, home = str(path), str(Path.home())
     return "~" + text[len(home) :] if text == home or text.startswith(home + os.sep) else text
-
-
-def _loaded_library(stem: str) -> str | None:
-    """Where a library that is loaded by now came from; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split(maxsplit=5)[5] for line in lines if f"/{stem}" in line), None)
 
 
 def _writable(folder: Path) -> bool:
@@ -133,7 +125,7 @@ def gather() -> dict[str, Any]:
         # Asking for the version is what loads the library.
         nvrtc = _attempt(lambda: cupy.cuda.nvrtc.getVersion())
         facts["nvrtc"] = nvrtc and ".".join(map(str, nvrtc))
-        facts["nvrtc_library"] = nvrtc and _short(_loaded_library("libnvrtc.so"))
+        facts["nvrtc_library"] = nvrtc and _short(nvrtc_library())
         facts["driver_cuda"] = _cuda_version(_attempt(runtime.driverGetVersion) or 0)
         facts["runtime_cuda"] = _cuda_version(_attempt(runtime.runtimeGetVersion) or 0)
         facts["devices"] = _devices(runtime)

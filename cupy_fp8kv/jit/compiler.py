@@ -1,11 +1,12 @@
-"""Compilation: a specialisation in, a function on a device out, through CuPy RawModules and NVRTC.
+"""Compilation: a specialisation in, a function on a device out, through CuPy and NVRTC.
 
-Kernels are compiled when first used, each once whatever the threads, and kept on disk by CuPy under the whole inlined
-source as the key.
+Kernels are compiled when first used, each once whatever the threads, and kept on disk under the whole inlined source as
+the key. Where all are there, NVRTC is not even loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -14,13 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .device import device_info, ensure_context, on_device, require_cupy
+from . import kernel_files, nvrtc
+from .device import device_info, driver, ensure_context, on_device, require_cupy
 from .spec import DecodeSpec, Spec
 
-OPTIONS = ("-std=c++17",)
 #: Architectures that kernels are compiled for in CI. Any other from sm_80 on may work.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Below this, a kernel may use shared memory without asking for it.
@@ -29,10 +29,11 @@ _FREE_SHARED_BYTES = 48 * 1024
 _SILENT_SECONDS = 1.0
 
 _lock = threading.Lock()
-_modules: dict[str, Any] = {}
+#: By the name of the file that a module is kept in, and the device.
+_modules: dict[tuple[str, int], Any] = {}
 _kernels: dict[tuple[Spec, int], Kernel] = {}
-#: Held by the thread that compiles a source. Different ones are compiled at the same time.
-_compiling: dict[str, threading.Lock] = {}
+#: By that name, held by the thread that loads or compiles the module. Different ones are compiled at the same time.
+_loading: dict[str, threading.Lock] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +66,18 @@ def load_all(specs: Sequence[Spec], device: int, advance: Callable[[], object] |
     if advance:
         for _ in range(len(specs) - len(missing)):
             advance()
-    if missing:
-        _load_side_by_side(missing, device, advance)
+    to_compile = [spec for spec in missing if not kernel_files.exists(_file(spec, device))]
+    if len(to_compile) > 1:
+        _load_side_by_side(to_compile, device, advance)
+        missing = [spec for spec in missing if spec not in to_compile]
+    for spec in missing:
+        _load_once(spec, device, quiet=advance is not None)
+        if advance:
+            advance()
     return [load(spec, device) for spec in specs]
 
 
 def _load_side_by_side(specs: Sequence[Spec], device: int, advance: Callable[[], object] | None) -> None:
-    if len(specs) == 1:
-        _load_once(specs[0], device, quiet=advance is not None)
-        if advance:
-            advance()
-        return
     from concurrent.futures import ThreadPoolExecutor, as_completed  # costs milliseconds; a program may never compile
 
     runtime = require_cupy().cuda.runtime
@@ -95,30 +97,32 @@ def _load_side_by_side(specs: Sequence[Spec], device: int, advance: Callable[[],
             raise
 
 
+@functools.cache
+def _file(spec: Spec, device: int) -> str:
+    """The name of the file that a compiled ``spec`` is kept in."""
+    return kernel_files.name_of(spec.source(), device_info(device).arch)
+
+
 def _load_once(spec: Spec, device: int, quiet: bool = False) -> Kernel:
-    source = spec.source()
+    file = _file(spec, device)
     with _lock:
-        compiling = _compiling.setdefault(source, threading.Lock())
-    with compiling:
+        loading = _loading.setdefault(file, threading.Lock())
+    with loading:
         kernel = _kernels.get((spec, device))
         if kernel is None:
-            kernel = _kernels[spec, device] = _load(spec, source, device, quiet)
+            kernel = _kernels[spec, device] = _load(spec, file, device, quiet)
     return kernel
 
 
-def _load(spec: Spec, source: str, device: int, quiet: bool) -> Kernel:
-    cupy = require_cupy()
+def _load(spec: Spec, file: str, device: int, quiet: bool) -> Kernel:
+    runtime = require_cupy().cuda.runtime
     info = device_info(device)
-    arch = info.arch
-    module = _modules.get(source)
-    if module is None:
-        module = _modules[source] = cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc")
-    with on_device(cupy.cuda.runtime, device), nullcontext() if quiet else _Progress(spec, arch):
-        try:
-            raw = module.get_function(spec.entry)
-            handle = raw.kernel.ptr
-        except cupy.cuda.compiler.CompileException as error:
-            raise RuntimeError(f"NVRTC cannot compile {spec} for sm_{arch}:\n{error.get_message()}") from error
+    ensure_context(runtime, device)
+    with on_device(runtime, device):
+        module = _modules.get((file, device))
+        if module is None:
+            module = _modules[file, device] = _kept_module(file) or _compiled_module(spec, file, info.arch, quiet)
+        function = module.get_function(spec.entry)
         shared = most = spec.shared_bytes
         if isinstance(spec, DecodeSpec) and spec.stages:
             # Rings of more stages are the same function.
@@ -127,8 +131,35 @@ def _load(spec: Spec, source: str, device: int, quiet: bool) -> Kernel:
             # of its own, while SMs stay without one.
             shared = max(shared, info.shared_per_block // 2 if spec.ctas_per_sm == 1 else 0)
         if most > _FREE_SHARED_BYTES:
-            raw.max_dynamic_shared_size_bytes = most
-    return Kernel(spec, device, handle, spec.threads, shared, raw)
+            driver().funcSetAttribute(function.ptr, driver().CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
+    return Kernel(spec, device, function.ptr, spec.threads, shared, function)
+
+
+def _kept_module(file: str) -> Any:
+    """The module in a file; None if there is none that this device and driver take."""
+    cubin = kernel_files.read(file)
+    if cubin is None:
+        return None
+    try:
+        return _module(cubin)
+    except driver().CUDADriverError:
+        return None
+
+
+def _compiled_module(spec: Spec, file: str, arch: int, quiet: bool) -> Any:
+    with nullcontext() if quiet else _Progress(spec, arch):
+        try:
+            cubin, _ = nvrtc.compile_source(spec.source(), nvrtc.nearest_arch(arch))
+        except nvrtc.CompileError as error:
+            raise RuntimeError(f"NVRTC cannot compile {spec} for sm_{arch}:\n{error}") from error
+    kernel_files.write(file, cubin)
+    return _module(cubin)
+
+
+def _module(cubin: bytes) -> Any:
+    module = require_cupy().cuda.Module()
+    module.load(cubin)
+    return module
 
 
 class _Progress:
@@ -149,11 +180,6 @@ class _Progress:
         self._timer.cancel()
 
 
-def cache_folder() -> Path:
-    """Where CuPy keeps compiled kernels."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-
-
 @dataclass(frozen=True)
 class CompileReport:
     """What NVRTC and ptxas say of one specialisation on one architecture. ``error`` is empty if it compiled."""
@@ -171,30 +197,21 @@ class CompileReport:
 
 def compile_offline(spec: Spec, arch: int) -> CompileReport:
     """Compile ``spec`` for sm_``arch`` with NVRTC alone: no GPU and no driver needed, nothing is cached."""
-    from cupy.cuda import nvrtc
-
-    program = nvrtc.createProgram(spec.source(), "specialisation.cu", [], [])
     started = time.perf_counter()
     try:
-        options = [*OPTIONS, "-ftz=true", f"-arch=sm_{arch}", "--ptxas-options=-v"]
-        nvrtc.compileProgram(program, options)
-    except nvrtc.NVRTCError:
-        seconds = time.perf_counter() - started
-        return CompileReport(spec, arch, seconds, error=nvrtc.getProgramLog(program))
-    else:
-        seconds = time.perf_counter() - started
-        log = _of_entry(nvrtc.getProgramLog(program), spec.entry)
-        static = _number(r"(\d+) bytes smem", log)
-        return CompileReport(
-            spec, arch, seconds,
-            registers=_number(r"Used (\d+) registers", log),
-            spill_bytes=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
-            stack_bytes=_number(r"(\d+) bytes stack frame", log),
-            shared_bytes=static + spec.shared_bytes,
-            cubin=nvrtc.getCUBIN(program),
-        )  # fmt: skip
-    finally:
-        nvrtc.destroyProgram(program)
+        cubin, log = nvrtc.compile_source(spec.source(), arch, "--ptxas-options=-v")
+    except nvrtc.CompileError as error:
+        return CompileReport(spec, arch, time.perf_counter() - started, error=str(error))
+    seconds = time.perf_counter() - started
+    log = _of_entry(log, spec.entry)
+    return CompileReport(
+        spec, arch, seconds,
+        registers=_number(r"Used (\d+) registers", log),
+        spill_bytes=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
+        stack_bytes=_number(r"(\d+) bytes stack frame", log),
+        shared_bytes=_number(r"(\d+) bytes smem", log) + spec.shared_bytes,
+        cubin=cubin,
+    )  # fmt: skip
 
 
 def _of_entry(log: str, entry: str) -> str:

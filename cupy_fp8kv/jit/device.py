@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import sys
 import threading
 from typing import Any
 
@@ -43,6 +45,28 @@ def require_cupy() -> Any:
     return importlib.import_module("cupy")
 
 
+@functools.cache
+def driver() -> Any:
+    """CuPy's bindings of the driver."""
+    require_cupy()
+    return importlib.import_module("cupy_backends.cuda.api.driver")
+
+
+@functools.cache
+def driver_function(name: str, arguments: int) -> Any:
+    """A function of the driver that CuPy does not bind, or None with a driver that lacks it.
+
+    It takes that many ``arguments``, addresses; with 0 it takes whatever ctypes passes on, converted by the caller.
+    """
+    try:
+        function = getattr(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), name)
+    except (OSError, AttributeError):
+        return None
+    if arguments:
+        function.argtypes = (ctypes.c_void_p,) * arguments
+    return function
+
+
 def check_backend(backend: Any) -> None:
     """ValueError for anything but the names of the two backends and None."""
     if not (backend is None or (isinstance(backend, str) and backend in ("cuda", "numpy"))):
@@ -58,16 +82,23 @@ def refuse_capture(stream: int, argument: str, expected: str = "a device array, 
 @functools.cache
 def device_info(index: int) -> DeviceInfo:
     """What the planner needs to know of CUDA device ``index``. RuntimeError if it is too old."""
-    cupy = require_cupy()
-    properties = cupy.cuda.runtime.getDeviceProperties(index)
-    arch = 10 * properties["major"] + properties["minor"]
-    name = properties["name"].decode()
+    cuda = require_cupy().cuda
+    runtime = cuda.runtime
+    # One by one: all properties together take the runtime milliseconds, because some are asked of the device.
     return DeviceInfo(
-        name=name,
-        arch=arch,
-        sm_count=properties["multiProcessorCount"],
-        shared_per_block=properties["sharedMemPerBlockOptin"],
+        name=_device_name(runtime, index),
+        arch=int(cuda.Device(index).compute_capability),
+        sm_count=runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, index),
+        shared_per_block=runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
     )
+
+
+def _device_name(runtime: Any, index: int) -> str:
+    name = ctypes.create_string_buffer(256)
+    get_name = driver_function("cuDeviceGetName", 3)
+    if get_name is None or get_name(ctypes.addressof(name), len(name), index):
+        return runtime.getDeviceProperties(index)["name"].decode()
+    return name.value.decode()
 
 
 class _Contexts(threading.local):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
-import sys
 from typing import Any
 
 from .compiler import Kernel
-from .device import device_info, require_cupy
+from .device import device_info, driver, driver_function
 from .params import ParamBlock
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -31,23 +29,7 @@ class _Config(ctypes.Structure):
 @functools.cache
 def launch_kernel() -> Any:
     """CuPy's binding of ``cuLaunchKernel``: integers in, some four microseconds."""
-    require_cupy()
-    return importlib.import_module("cupy_backends.cuda.api.driver").launchKernel
-
-
-@functools.cache
-def driver_function(name: str, arguments: int) -> Any:
-    """A function of the driver that CuPy does not bind, or None with a driver that lacks it.
-
-    It takes that many ``arguments``, addresses; with 0 it takes whatever ctypes passes on, converted by the caller.
-    """
-    try:
-        function = getattr(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), name)
-    except (OSError, AttributeError):
-        return None
-    if arguments:
-        function.argtypes = (ctypes.c_void_p,) * arguments
-    return function
+    return driver().launchKernel
 
 
 def capture_id(stream: int) -> int:

@@ -39,7 +39,7 @@ def _inline(name: str, seen: set[str], out: list[str]) -> None:
     seen.add(name)
     out.append(f'#line 1 "cuda_src/{name}"')
     for number, line in enumerate(FILES[name].splitlines(), 1):
-        include = _INCLUDE.match(line)
+        include = _INCLUDE.match(line) if "#include" in line else None
         if include and include[1] not in seen:
             _inline(include[1], seen, out)
             out.append(f'#line {number + 1} "cuda_src/{name}"')

@@ -6,7 +6,7 @@ import ctypes
 
 from ..formats import KV_FORMATS
 from ..problem import DecodeProblem
-from .launch import driver_function
+from .device import driver_function
 from .params import TENSOR_MAP_BYTES
 from .spec import DecodeSpec
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jit import sources
-from ..jit.compiler import cache_folder
+from ..jit.kernel_files import cache_folder
 from ..plan import DeviceInfo, Plan
 from ..problem import DecodeProblem
 from .options import plan_options

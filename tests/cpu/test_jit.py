@@ -6,11 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,136 +353,6 @@ def test_an_error_names_the_real_file_and_line(nvrtc, monkeypatch, name):
 def test_a_broken_specialisation_is_told_apart(nvrtc):
     report = compiler.compile_offline(dataclasses.replace(SPEC, head_dim=24), 90)
     assert "head_dim must be a multiple of 16" in report.error and "cuda_src/base/row_slice.cuh" in report.error
-
-
-@pytest.fixture
-def made_up_device(monkeypatch):
-    """compiler.load on a device that is not there: gives what to call with the ``get_function`` of its modules."""
-    cupy = pytest.importorskip("cupy")
-
-    def with_function(function):
-        class Module:
-            def __init__(self, code, options, backend):
-                self.code = code
-
-            def get_function(self, entry):
-                return function(self.code)
-
-        class FakeCupy:
-            RawModule = Module
-
-            class cuda:
-                runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda index: None)
-                compiler = cupy.cuda.compiler
-
-        monkeypatch.setattr(compiler, "require_cupy", lambda: FakeCupy)
-
-    monkeypatch.setattr(compiler, "device_info", lambda index: type("Info", (), {"arch": 90}))
-    for memo in ("_kernels", "_modules", "_compiling"):
-        monkeypatch.setattr(compiler, memo, {})
-    return with_function
-
-
-def loaded_function():
-    return SimpleNamespace(kernel=SimpleNamespace(ptr=1), max_dynamic_shared_size_bytes=0)
-
-
-def test_the_error_of_a_load_has_log_and_specialisation(made_up_device):
-    log = 'cuda_src/base/ptx.cuh(12): error: expected a ";"'
-    failing = [True]
-
-    def function(code):
-        if failing[0] and "// decode[" in code:
-            from cupy.cuda.compiler import CompileException
-
-            raise CompileException(log, code, "kernel.cu", ("-std=c++17",))
-        return loaded_function()
-
-    made_up_device(function)
-    for load in (compiler.load, lambda spec, device: compiler.load_all([spec, MergeSpec("f16")], device)):
-        with pytest.raises(RuntimeError) as caught:
-            load(SPEC, 0)
-        assert log in str(caught.value) and str(SPEC) in str(caught.value) and "sm_90" in str(caught.value)
-        assert (SPEC, 0) not in compiler._kernels, "a failure must not be remembered as a kernel"
-    failing[0] = False
-    assert compiler.load(SPEC, 0).handle == 1, "nor may it stay a failure"
-
-
-def test_different_kernels_are_compiled_at_the_same_time(made_up_device, monkeypatch):
-    monkeypatch.setattr(compiler.os, "cpu_count", lambda: 3)
-    some = list(SPECS[:3])
-    together = threading.Barrier(len(some))
-    made_up_device(lambda code: together.wait(timeout=20) is not None and loaded_function())
-    kernels = compiler.load_all([*some, SPEC], 0)
-    assert [kernel.spec for kernel in kernels] == [*some, SPEC] and kernels[0] is kernels[-1]
-    assert compiler.load_all(some, 0) == kernels[:-1], "and once"
-
-
-def test_progress_takes_the_place_of_messages(made_up_device, monkeypatch, capsys):
-    monkeypatch.setattr(compiler, "_SILENT_SECONDS", 0.01)
-    made_up_device(lambda code: time.sleep(0.1) or loaded_function())
-    told = []
-    compiler.load_all(SPECS, 0, lambda: told.append(threading.current_thread()))
-    assert told == [threading.current_thread()] * len(SPECS) and not capsys.readouterr().err
-    compiler._kernels.clear()
-    compiler.load_all(SPECS, 0)
-    said = capsys.readouterr().err
-    assert all(str(spec) in said for spec in SPECS)
-
-
-def test_one_kernel_is_compiled_once_by_many_threads(made_up_device):
-    compiled, at_once = [], threading.Barrier(8)
-    made_up_device(lambda code: compiled.append(code) or time.sleep(0.05) or loaded_function())
-    with ThreadPoolExecutor(8) as pool:
-        kernels = list(pool.map(lambda _: at_once.wait() is not None and compiler.load(SPEC, 0), range(8)))
-    assert len(compiled) == 1 and len(set(map(id, kernels))) == 1
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """Loading is made up: gives the list of what is loaded."""
-    found = []
-
-    def load(spec, source, device, quiet):
-        found.append((spec, device, quiet))
-        if spec.head_dim == 24:
-            raise RuntimeError("does not compile")
-        return compiler.Kernel(spec, device, len(found), spec.threads, spec.shared_bytes, None)
-
-    runtime = type("runtime", (), {"getDevice": staticmethod(lambda: 0), "setDevice": staticmethod(lambda index: None)})
-    fake = type("cupy", (), {"cuda": type("cuda", (), {"runtime": runtime})})
-    monkeypatch.setattr(compiler, "require_cupy", lambda: fake)
-    monkeypatch.setattr(compiler, "_load", load)
-    monkeypatch.setattr(compiler, "_kernels", {})
-    return found
-
-
-def test_many_kernels_are_loaded_once_each_and_in_order(loads):
-    wanted = [dataclasses.replace(SPEC, head_dim=16 * n) for n in (8, 3, 5, 3, 8, 1)]
-    done = []
-    kernels = compiler.load_all(wanted, 0, lambda: done.append(1))
-    assert [kernel.spec for kernel in kernels] == wanted and len(done) == len(wanted)
-    assert len(loads) == len(set(wanted)) and all(quiet for *_, quiet in loads)
-    assert compiler.load(wanted[0], 0) is kernels[0] is kernels[4] and len(loads) == len(set(wanted))
-    assert compiler.load_all([], 0) == []
-
-
-def test_one_of_many_kernels_that_does_not_compile_is_the_error(loads):
-    wanted = [dataclasses.replace(SPEC, head_dim=head_dim) for head_dim in (64, 24, 32)]
-    with pytest.raises(RuntimeError, match="does not compile"):
-        compiler.load_all(wanted, 0)
-    assert wanted[1] not in {spec for spec, _ in compiler._kernels}
-
-
-def test_slow_compilations_say_so(capsys, monkeypatch):
-    monkeypatch.setattr(compiler, "_SILENT_SECONDS", 0.01)
-    with compiler._Progress(SPEC, 90) as _:
-        time.sleep(0.2)
-    said = capsys.readouterr()
-    assert str(SPEC) in said.err and "sm_90" in said.err and not said.out
-    with compiler._Progress(SPEC, 90):
-        pass
-    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
