@@ -5,7 +5,7 @@
 // Rows come through a ring in shared memory that the copy engine fills (kHasRing, sm_90 and later), for kHeads
 // neighbouring cache heads together; or from global memory straight into registers, where the next tile's rows are on
 // their way while a tile is worked on. The warps of a CTA take turns over its rows and combine at the end; CTAs that
-// share a request write partial results for merge.cu.
+// share a request write partial results, which the last of them merges, or merge.cu.
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
 // Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kHeads, kHasRing,
@@ -14,6 +14,7 @@
 // products with Q; 0, K and V take turns in the registers, as they always do with a ring.
 #include "attention/columns.cuh"
 #include "attention/combine.cuh"
+#include "attention/parts.cuh"
 #include "attention/query.cuh"
 #include "attention/ring.cuh"
 #include "attention/tile.cuh"
@@ -25,6 +26,7 @@ using Keys = KTile<KFormat, kHeadDim, kSubtiles>;
 using Values = VTile<VFormat, kHeadDim, kSubtiles>;
 using WarpColumns = Columns<kColumnTiles, Values::kTiles, kSubtiles>;
 using WarpCombine = Combine<kHeadDim, kColumnTiles, kWarps, kHeads, kCtasPerSm>;
+using WarpMerge = PartMerge<kHeadDim, 32 * kWarps>;
 
 constexpr int kTileRows = 16 * kSubtiles;
 constexpr int kColumns = 8 * kColumnTiles;
@@ -38,8 +40,15 @@ using KVRing = Ring<KBox, VBox, kWarps>;
 constexpr int kChains = kHasRing && kSubtiles * kColumnTiles == 1 ? 2 : 1;
 static_assert(kSharedBytes == WarpCombine::kSharedBytes + Queries::kSharedBytes,
               "spec.py and the kernel disagree");
+static_assert(WarpMerge::kSharedBytes <= WarpCombine::kSharedBytes - WarpCombine::kStateBytes, "merging needs more");
 static_assert(!kHasRing || kAhead == 0, "a ring is ahead by itself");
-static_assert(!kHasRing || !Schedule::kHasSurplus, "the warp that feeds a ring would wait for warps that have left");
+static_assert(!kHasRing || !Schedule::kHasSurplus || Schedule::kManyWorks,
+              "the warp that feeds a ring would wait for warps that have left");
+// Where lengths decide on the shares of rings, many small boxes make a turn, so that little is read beyond the end of a
+// request, and none crosses from page to page. Lanes of the warp that feeds take one each.
+constexpr int kFeeders = Schedule::kManyWorks ? 32 : 1;
+// Turns then begin with a box, which may be before the first row that the query sees.
+constexpr bool kFromBefore = Schedule::kManyWorks && Layout::kLooksUp;
 
 // tanh(y) to some 2^-20 of itself: 1 - 2 / (1 + exp(2y)), which is exact at both ends but cancels near 0, where its
 // series is used (DLMF 4.33.3).
@@ -65,33 +74,81 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
                 if constexpr (kSoftCap) x = (p.soft_cap * kLog2E) * tanh_of(x / p.soft_cap);
                 scores[r][n][i] = Position::logit(x, head, kv_len - 1 - row);
             }
-    if (range.covers(first_row, kTileRows)) return;
+    if (range.covers<kFromBefore>(first_row, kTileRows)) return;
 #pragma unroll
     for (int r = 0; r < kSubtiles; r++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            if (!range.visible(first_row + 16 * r + 8 * (i / 2) + lane.group))
+            if (!range.visible<kFromBefore>(first_row + 16 * r + 8 * (i / 2) + lane.group))
 #pragma unroll
                 for (int n = 0; n < kColumnTiles; n++) scores[r][n][i] = negative_infinity();
 }
 
-// Keeps the ring full: what one thread of a warp of its own does.
-DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring) {
-    const RowRange range = RowRange::of_request(work.kv_len, p.window_left);
-    const int step = work.splits * kTurnRows;
+// How the ring goes round, from work to work.
+struct Filling {
     KVRing::Turn turn;
-    int filled = 0;
-    for (int row = range.begin + work.split * kTurnRows; row < range.end; row += step) {
-        ring.fill<KBox>(turn, filled++ < p.stages, &p.k_map, row, work.head_team * kHeads, work.request);
-        ring.advance(turn);
-        ring.fill<VBox>(turn, filled++ < p.stages, &p.v_map, row, work.head_team * kHeads, work.request);
-        ring.advance(turn);
+    int boxes = 0;  // so far
+};
+
+// Keeps the ring full: what the first kFeeders lanes of a warp of its own do.
+DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring, Filling& filling, const Lane& lane) {
+    const RowRange range = work.rows;
+    const int step = work.splits * kTurnRows, head = work.head_team * kHeads;
+    const int before = kFeeders == 1 ? 0 : lane.index() << p.box_shift;  // rows of a turn before this lane's box
+    const auto whole_boxes = [&](int rows) { return (rows + (1 << p.box_shift) - 1) >> p.box_shift << p.box_shift; };
+    typename Layout::BoxPlaces places(p, work.request);
+    int row = work.first_row + work.split * kTurnRows;
+    if (row < range.end) places.ask(row + before, range);
+    for (; row < range.end; row += step) {
+        const int rows = kFeeders == 1 ? kTurnRows : min_of(kTurnRows, whole_boxes(range.end - row));
+        places.find(row + before);
+        if (row + step < range.end) places.ask(row + step + before, range);
+        const auto fill = [&](const TensorMap& map, int row_bytes) {
+            const bool first = filling.boxes++ < p.stages;
+            ring.fill<kFeeders>(filling.turn, first, rows * row_bytes, lane, [&](u8* box, u64* barrier) {
+                if (before < rows)
+                    ptx::copy_box(box + before * row_bytes, &map, 0, 0, head, places.row, places.outer, barrier);
+            });
+            ring.advance(filling.turn);
+        };
+        fill(p.k_map, KBox::kBytes / kTurnRows);
+        fill(p.v_map, VBox::kBytes / kTurnRows);
     }
 }
 
-// Attention of one CTA's share, by its first kWarps warps.
-DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, const Lane& lane, u8* shared) {
-    const RowRange range = RowRange::of_request(work.kv_len, p.window_left);
+// The query head of the first column of one of the CTA's cache heads.
+DEVICE int first_head_of(const DecodeParams& p, const Work& work, int head) {
+    return (work.head_team * kHeads + head) * p.group_size + work.column_block * kColumns;
+}
+
+DEVICE int used_columns_of(const DecodeParams& p, const Work& work) {
+    return min_of(kColumns, p.group_size - work.column_block * kColumns);
+}
+
+DEVICE Queries::Asked ask_for_q(const DecodeParams& p, const Work& work, const Lane& lane) {
+    const u8* q = p.q + work.request * p.q_stride_request;
+    const int used = used_columns_of(p, work);
+    // Columns without a head of their own repeat the last one; nothing reads their results.
+    return Queries::ask(
+        [&](int head, int column) {
+            return q + (first_head_of(p, work, head) + min_of(column, used - 1)) * p.q_stride_head;
+        },
+        lane);
+}
+
+// From one work of a CTA to the next, by its first kWarps warps.
+struct Attending {
+    Queries::Asked asked;  // q of the work that comes, on its way
+    KVRing::Turn turn;
+    bool is_first = true;
+};
+
+// One work of a CTA. The ring is not filled before this asks for the first q. `next` is the work after it, if there is
+// one `more`.
+DEVICE void attend(const DecodeParams& p, const Work& work, bool more_work, const Work& next_work,
+                   Attending& attending, const KVRing& ring, const Lane& lane, u8* shared) {
+    KVRing::Turn& turn = attending.turn;
+    const RowRange range = work.rows;
     const int head_of_team = lane.warp % kHeads;
     const int kv_head = work.head_team * kHeads + head_of_team;
     const auto k_rows = Layout::k_rows(p, work.request, kv_head).from(Keys::Slice::begin(lane.thread));
@@ -105,7 +162,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
     // together. plan.split_rows is the same formula.
     const int step = work.splits * kTurnRows;
     const int row_in_turn = lane.warp / kHeads * kTileRows;
-    int first_row = range.begin + work.split * kTurnRows;  // of the rows that the warps take together
+    int first_row = work.first_row + work.split * kTurnRows;  // of the rows that the warps take together
     // What is asked for first arrives first: rows that go to registers; q, where a ring is filled a moment later.
     if (!kHasRing && first_row + row_in_turn < range.end) {
         const int row = first_row + row_in_turn;
@@ -115,25 +172,16 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
         if (kAhead > 0) values.load(places.of_v(v_rows, row), range, row, lane);
     }
 
-    const int first_column = work.column_block * kColumns;
-    const int used_columns = min_of(kColumns, p.group_size - first_column);
-    // The query head of the first column of one of the CTA's cache heads.
-    const auto first_head_of = [&](int head) { return (work.head_team * kHeads + head) * p.group_size + first_column; };
-    const int first_head = first_head_of(head_of_team);
-    const u8* q = p.q + work.request * p.q_stride_request;
-    // Columns without a head of their own repeat the last one; nothing reads their results.
-    const auto asked = Queries::ask(
-        [&](int head, int column) {
-            return q + (first_head_of(head) + min_of(column, used_columns - 1)) * p.q_stride_head;
-        },
-        lane);
+    const int used_columns = used_columns_of(p, work);
+    const int first_head = first_head_of(p, work, head_of_team);
+    if (attending.is_first) attending.asked = ask_for_q(p, work, lane);
     float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, kv_head);
     scale = Scale::at(scale, p.q_scale, 0, 0) * KFormat::kGain;
     if constexpr (!kSoftCap) scale *= kLog2E;  // a soft cap needs natural logits first
-    if constexpr (kHasRing) ptx::sync_threads();  // now the ring may be filled
-    const Queries queries(asked, head_of_team, lane, shared + WarpCombine::kSharedBytes);
+    if (kHasRing && attending.is_first) ptx::sync_threads();  // now the ring may be filled
+    attending.is_first = false;
+    const Queries queries(attending.asked, head_of_team, lane, shared + WarpCombine::kSharedBytes);
     WarpColumns columns;
-    KVRing::Turn turn;
     // A ring has rows for all warps as long as it has any; registers only what is in the range.
     for (; first_row + (kHasRing ? 0 : row_in_turn) < range.end; first_row += step) {
         const int row = first_row + row_in_turn, next = row + step;
@@ -162,11 +210,6 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
                 scores);
         } else {
             queries.multiply<kChains>([&](int r, int s, u32(&a)[4]) { Queries::rows_of(keys, r, s, a); }, scores);
-            // After what used the rows, so that their loads have ended.
-            if constexpr (kHasRing) {
-                ring.release(turn, lane);
-                ring.advance(turn);
-            }
             if (kAhead == 1 && more) {
                 places.find(next, step);
                 keys.load(places.of_k(k_rows, next), range, next, lane);
@@ -178,6 +221,12 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
         }
         to_logits(scores, queries, p, scale, row, first_head, work.kv_len, range, lane);
         columns.update(scores);
+        // Not earlier, though K has been used: a CTA of two warps a head that waits for its loads there falls into step
+        // with its neighbours, which made two waves of them 7 % slower.
+        if constexpr (kHasRing) {
+            ring.release(turn, lane, keys.bits_of_loads());
+            ring.advance(turn);
+        }
         if constexpr (kHasRing) {
             const u8* box = ring.wait(turn);
             values.load(VBox::rows(box, head_of_team, first_row, Values::Slice::begin(lane.group)), range, row, lane);
@@ -186,8 +235,9 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             // this.
             ptx::sync_warp();
         }
+        const u32 bits = values.bits_of_loads();
         // A weight of 0 does not hide an infinity.
-        if (!range.covers(row, kTileRows)) values.clear_beyond(range, row, lane);
+        if (!range.covers<kFromBefore>(row, kTileRows)) values.clear_beyond<kFromBefore>(range, row, lane);
 #pragma unroll
         for (int r = 0; r < kSubtiles; r++) {
             constexpr int kTerms = VFormat::Operand::kWeightTerms;
@@ -196,7 +246,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
             values.accumulate(r, weights, columns.out);
         }
         if constexpr (kHasRing) {
-            ring.release(turn, lane);
+            ring.release(turn, lane, bits);
             ring.advance(turn);
         }
 
@@ -208,32 +258,70 @@ DEVICE void attend(const DecodeParams& p, const Work& work, const KVRing& ring, 
         }
     }
     columns.finish();
-    ptx::let_next_kernel_start();  // merge.cu, if this splits: it waits for the results where it starts
+    // merge.cu, or the next call: it waits for the results where it starts.
+    if (more_work)
+        attending.asked = ask_for_q(p, next_work, lane);
+    else
+        ptx::let_next_kernel_start();
 
     const int num_qo_heads = p.num_kv_heads * p.group_size;
+    const auto put_result = [&](int head, const SoftmaxState& state, int dim, const float4& sum, float factor) {
+        u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
+        *reinterpret_cast<uint2*>(out + dim * QFormat::kBytes) =
+            make_uint2(QFormat::Operand::pack(sum.x * factor, sum.y * factor),
+                       QFormat::Operand::pack(sum.z * factor, sum.w * factor));
+        const i64 row_of_out = static_cast<i64>(work.request) * num_qo_heads + head;
+        if (dim == 0 && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
+    };
     WarpCombine::run<Values>(
         columns, used_columns, lane, shared,
         [&](int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum) {
-            const int head = first_head_of(head_in_team) + column;
-            const i64 row_of_out = static_cast<i64>(work.request) * num_qo_heads + head;
-            const bool reports = dim == 0;
+            const int head = first_head_of(p, work, head_in_team) + column;
             const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
                                                                work.head_team * kHeads + head_in_team);
-            if (work.splits == 1) {
-                const float factor = state.normalizer() * out_scale;
-                u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
-                *reinterpret_cast<uint2*>(out + dim * QFormat::kBytes) =
-                    make_uint2(QFormat::Operand::pack(sum.x * factor, sum.y * factor),
-                               QFormat::Operand::pack(sum.z * factor, sum.w * factor));
-                if (reports && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
-            } else {
-                const i64 part = Schedule::partial(p, work, head);
-                *reinterpret_cast<float4*>(p.partial_out + part * kHeadDim + dim) =
-                    make_float4(sum.x * out_scale, sum.y * out_scale, sum.z * out_scale, sum.w * out_scale);
-                if (reports)
-                    *reinterpret_cast<float2*>(p.partial_state + part * 2) = make_float2(state.reference, state.sum);
+            if (work.is_whole) {
+                put_result(head, state, dim, sum, state.normalizer() * out_scale);
+                return;
             }
+            const i64 row = static_cast<i64>(work.part) * num_qo_heads + head;
+            *reinterpret_cast<float4*>(p.partial_out + row * kHeadDim + dim) =
+                make_float4(sum.x * out_scale, sum.y * out_scale, sum.z * out_scale, sum.w * out_scale);
+            if (dim == 0)
+                *reinterpret_cast<float2*>(p.partial_state + row * 2) = make_float2(state.reference, state.sum);
         });
+    if constexpr (Schedule::kManyWorks) {
+        if (work.is_whole || p.tag == 0) return;
+        const PartRange parts = Schedule::parts_of(p, work);
+        const int per_part = p.head_teams.value * p.column_blocks.value;
+        const int own = work.head_team * p.column_blocks.value + work.column_block;
+        int* verdict = reinterpret_cast<int*>(shared);
+        if (!all_are_written<32 * kWarps>(p, parts, work.part, per_part, own, lane, verdict)) return;
+        take_tags_away<32 * kWarps>(p, parts, per_part, own);
+        WarpMerge::run(
+            p, parts, kHeads * used_columns, shared + WarpCombine::kStateBytes,
+            [&](int row) { return first_head_of(p, work, row / used_columns) + row % used_columns; },
+            [&](int row, const SoftmaxState& state, int quad, const float4& sum) {
+                const int head = first_head_of(p, work, row / used_columns) + row % used_columns;
+                put_result(head, state, 4 * quad, sum, state.normalizer());
+            });
+    }
+}
+
+// Calls does(work, more, next) for what a CTA has to do, one after the other; `more`: it goes on with `next`. By whole
+// warps.
+template <class Chosen, class At, class Do>
+DEVICE void each_work(const DecodeParams& p, const At& place, Do does) {
+    if constexpr (Chosen::kManyWorks) {
+        typename Chosen::template Works<Layout> works(p, place);
+        Work work, next;
+        for (bool is_one = works.next(work), more; is_one; is_one = more, work = next) {
+            more = works.next(next);
+            does(work, more, next);
+        }
+    } else {
+        const Work work = Chosen::template work<Layout>(p, place);
+        if (!Chosen::kHasSurplus || work.splits) does(work, false, work);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
@@ -242,15 +330,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const 
     const auto place = Schedule::place(p, blockIdx.x);
     const KVRing ring(shared, kHasRing ? p.stages : 0);
     if (kHasRing && lane.warp == kWarps) {
-        const bool feeds = lane.index() == 0;
-        if (feeds) ring.init(&p.k_map, &p.v_map);
+        if (lane.index() == 0) ring.init(&p.k_map, &p.v_map);
         ptx::sync_threads();
         ptx::wait_for_previous_kernel();
-        if (feeds) feed(p, Schedule::work<Layout>(p, place), ring);
+        Filling filling;
+        each_work<Schedule>(p, place, [&](const Work& work, bool, const Work&) {
+            if (lane.index() < kFeeders) feed(p, work, ring, filling, lane);
+        });
         return;
     }
     ptx::wait_for_previous_kernel();  // nothing before this reads memory
-    const Work work = Schedule::work<Layout>(p, place);
-    if (Schedule::kHasSurplus && work.splits == 0) return;
-    attend(p, work, ring, lane, shared + ring.bytes());
+    // Between two works: q has been used up before the warps meet to combine, and what they combine, or merge, has been
+    // read before they meet over the next q.
+    Attending attending;
+    each_work<Schedule>(p, place, [&](const Work& work, bool more, const Work& next) {
+        // merge.cu has to find what there is to merge, and does so meanwhile.
+        if (Schedule::kManyWorks && attending.is_first && p.tag == 0) ptx::let_next_kernel_start();
+        attend(p, work, more, next, attending, ring, lane, shared + ring.bytes());
+    });
+    if (kHasRing && Schedule::kManyWorks && attending.is_first) ptx::sync_threads();  // where the ring's warp waits
 }

@@ -1,5 +1,6 @@
 // Which rows a query sees: those before the request's length and inside its window. Both bounds are a contiguous range,
-// so what is masked is mostly never visited; only the last tile of a range needs `visible`.
+// so what is masked is mostly never visited; only the last tile of a range needs `visible`, and the first one where
+// tiles begin with a page.
 #pragma once
 #include "base/types.cuh"
 
@@ -14,8 +15,15 @@ struct RowRange {
         return {begin, kv_len};
     }
 
-    DEVICE bool visible(int row) const { return row < end; }
-    DEVICE bool covers(int row, int rows) const { return row + rows <= end; }
+    // FROM_BEFORE: rows from before the range on may be asked about.
+    template <bool FROM_BEFORE>
+    DEVICE bool visible(int row) const {
+        return row < end && (!FROM_BEFORE || row >= begin);
+    }
+    template <bool FROM_BEFORE>
+    DEVICE bool covers(int row, int rows) const {
+        return row + rows <= end && (!FROM_BEFORE || row >= begin);
+    }
     // A row that may be read in place of `row`; the range is not empty.
     DEVICE int clamp(int row) const { return min_of(row, end - 1); }
 };

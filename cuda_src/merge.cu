@@ -2,73 +2,30 @@
 // split.
 //
 // A thread owns four head dimensions of every `parts`-th split; the parts meet in shared memory, in a fixed order.
-// The specialisation defines QFormat, the type of the result, and Schedule.
-#include "params.cuh"
-#include "softmax_state.cuh"
+// The specialisation defines QFormat, the type of the result, Schedule, and Layout, whose lengths some schedules ask
+// for.
+#include "attention/parts.cuh"
 
 constexpr int kThreads = 256;
-constexpr int kMostParts = kThreads / 4;  // head_dim 16
-constexpr int kAtOnce = 8;
+constexpr int kMostGroups = kThreads / 4;  // head_dim 16
 
-DEVICE void scale(float4& x, float factor) {
-    x.x *= factor;
-    x.y *= factor;
-    x.z *= factor;
-    x.w *= factor;
-}
-
-DEVICE void add(float4& x, const float4& other, float factor) {
-    x.x += factor * other.x;
-    x.y += factor * other.y;
-    x.z += factor * other.z;
-    x.w += factor * other.w;
-}
-
-// One query head.
-DEVICE void merge_head(const DecodeParams& p, const Parts& found, SoftmaxState (&states)[kMostParts],
+// One query head, by groups of threads that take its parts in turn.
+DEVICE void merge_head(const DecodeParams& p, const Parts& found, SoftmaxState (&states)[kMostGroups],
                        float4 (&outs)[kThreads]) {
     const int quads = p.head_dim / 4;
-    const int parts = kThreads / quads;
-    const int quad = threadIdx.x % quads, part = threadIdx.x / quads;
-    SoftmaxState state = SoftmaxState::empty();
-    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float4 out = zero;
-    if (part < parts) {
-        const float4* partial_out = reinterpret_cast<const float4*>(p.partial_out) + found.first * quads + quad;
-        const float2* partial_state = reinterpret_cast<const float2*>(p.partial_state) + found.first;
-        for (int begin = part; begin < found.count; begin += kAtOnce * parts) {
-            // All loads of a round before the first use: what is slow here is the way to memory and back.
-            SoftmaxState states_read[kAtOnce];
-            float4 outs_read[kAtOnce];
-            float reference = state.reference;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; i++) {
-                const int split = begin + i * parts;
-                const bool exists = split < found.count;
-                const i64 row = static_cast<i64>(split) * found.stride;
-                const float2 s = exists ? partial_state[row] : make_float2(0.0f, 0.0f);
-                states_read[i] = exists ? SoftmaxState{s.x, s.y} : SoftmaxState::empty();
-                outs_read[i] = exists ? partial_out[row * quads] : zero;
-            }
-#pragma unroll
-            for (int i = 0; i < kAtOnce; i++) reference = max_of(reference, states_read[i].reference);
-            scale(out, state.move_to(reference));
-#pragma unroll
-            for (int i = 0; i < kAtOnce; i++) {
-                const float factor = states_read[i].factor_to(reference);
-                state.sum += states_read[i].sum * factor;
-                add(out, outs_read[i], factor);
-            }
-        }
-        outs[part * quads + quad] = out;
-        if (quad == 0) states[part] = state;
+    const int groups = kThreads / quads;
+    const int quad = threadIdx.x % quads, group = threadIdx.x / quads;
+    if (group < groups) {
+        const PartSum sum = sum_of_parts(p, found.range, found.head, quad, group, groups);
+        outs[group * quads + quad] = sum.out;
+        if (quad == 0) states[group] = sum.state;
     }
     ptx::sync_threads();
-    if (part > 0) return;
+    if (group > 0) return;
 
-    out = zero;
-    state = merge_states(
-        min_of(parts, found.count), [&](int i) { return states[i]; },
+    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const SoftmaxState state = merge_states(
+        min_of(groups, found.range.count), [&](int i) { return states[i]; },
         [&](int i, float factor) { add(out, outs[i * quads + quad], factor); });
     const float factor = state.normalizer();
     u8* to = p.out + found.request * p.out_stride_request + found.head * p.out_stride_head;
@@ -79,21 +36,21 @@ DEVICE void merge_head(const DecodeParams& p, const Parts& found, SoftmaxState (
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ DecodeParams p) {
-    __shared__ SoftmaxState states[kMostParts];
+    __shared__ SoftmaxState states[kMostGroups];
     __shared__ float4 outs[kThreads];
-    // What comes next may take its places now and wait there; this waits for the partial results.
-    ptx::let_next_kernel_start();
+    // What comes next may take its places now, or when this has found out what there is to merge, and wait there.
+    if (!Schedule::kManyWorks) ptx::let_next_kernel_start();
+    // What this reads of lengths and lists was complete before decode.cu, which has waited for it, let this start.
+    Parts found = Schedule::template parts<Layout>(p, blockIdx.x);
     ptx::wait_for_previous_kernel();
-    if constexpr (!Schedule::kHasSurplus) {
-        merge_head(p, Schedule::parts(p, blockIdx.x), states, outs);
-    } else {
-        // Most of what could be split is not, so the grid is smaller than that.
-        const int most = p.most_split * p.num_kv_heads * p.group_size;
-        for (int index = blockIdx.x; index < most; index += gridDim.x) {
-            const Parts found = Schedule::parts(p, index);
-            if (found.count == 0) return;
-            if (index != static_cast<int>(blockIdx.x)) ptx::sync_threads();  // shared memory is used again
-            merge_head(p, found, states, outs);
-        }
+    if (Schedule::kManyWorks) ptx::let_next_kernel_start();
+    // Where lengths decide, most of what could be split is not, and the grid is smaller than that.
+    const int most = Schedule::most_merges(p);
+    for (int index = blockIdx.x; found.range.count != Parts::kNoMore;) {
+        if (found.range.count > 0) merge_head(p, found, states, outs);
+        index += gridDim.x;
+        if (index >= most) return;
+        ptx::sync_threads();  // shared memory is used again
+        found = Schedule::template parts<Layout>(p, index);
     }
 }

@@ -5,14 +5,15 @@
 #pragma once
 #include "base/divide.cuh"
 
-// decode.cu; merge.cu behind it, and schedule.cu before it.
+// decode.cu; merge.cu behind it, and schedule.cu before it for a list.
 struct DecodeParams {
     TensorMap k_map;         // K and V as decode.cu's ring copies them: boxes of rows and heads
     TensorMap v_map;
-    // What changes from call to call comes first: it is written by one pack.
-    float* partial_out;      // [B, Hq, splits, D] or, of a listed schedule, [slots, Hq, D]; null without splits
-    float* partial_state;    // [B, Hq, splits, 2] or [slots, Hq, 2]: reference and sum of the softmax state
-    int* work_list;          // schedule/listed.cuh, or null
+    // What changes from call to call comes first, and of that addresses, which mostly do.
+    float* partial_out;      // [parts, Hq, D]; null without splits
+    float* partial_state;    // [parts, Hq, 2]: reference and sum of the softmax state
+    u64* tags;               // [parts, Hkv / kHeads, column blocks]: attention/parts.cuh, if tag is not 0; or a work
+                             // list, schedule/listed.cuh
     u8* out;                 // [B, Hq, D], the type of q
     float* lse;              // [B, Hq], or null
     float lse_unit;          // 1 for base 2, ln 2 for base e
@@ -50,12 +51,14 @@ struct DecodeParams {
     Divisor head_teams;      // Hkv / kHeads: CTAs that share the cache heads of one request
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
-    // Of a listed schedule.
+    i64 tag;                 // of parts that are written; 0: merge.cu merges
+    // Of schedules that lengths decide on.
     int batch;               // B
-    int most_split;          // requests that it may split: min(B, list_parts)
-    int least_turns;         // that are worth a part of their own
-    Divisor list_parts;      // parts that a list may have beyond one for each request
+    int most_split;          // requests that a list may split: min(B, list_parts)
+    int least_turns;         // that are worth a part, or a share, of their own
+    Divisor list_parts;      // parts that a list may have beyond one for each request; or equal shares
     Divisor turn_rows;       // rows that the warps of a CTA take together
+    int box_shift;           // of equal shares: boxes that a ring is filled with have 2^box_shift rows
     // Of a paged cache. Its rows lie at multiples of a unit of bytes, so that 32 bits tell them apart.
     Divisor page_size;       // rows of a page
     int block_table_stride;  // in page_indices, from one request to the next

@@ -10,6 +10,7 @@
 // few, and whatever a warp can compute of the others' results itself, each does.
 //
 // The specialisation defines Layout.
+#include "base/warp_sum.cuh"
 #include "mask.cuh"
 #include "params.cuh"
 #include "schedule/listed.cuh"
@@ -18,15 +19,6 @@ constexpr int kMostWarps = 32;
 constexpr int kBuckets = 32;  // of sizes, a lane each
 // A request may exceed its parts' chunks by this share of one, rather than have another part.
 constexpr int kSlackShare = 8;
-
-DEVICE u32 inclusive_sum(u32 x, int lane) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const u32 other = ptx::shuffle_word(x, lane - step);
-        if (lane >= step) x += other;
-    }
-    return x;
-}
 
 // Of numbers below 2^52.
 DEVICE u64 sum_of_lanes(u64 x) {

@@ -31,14 +31,16 @@ class Explanation:
         lines = [f"problem  {self.problem}", f"backend  {self.backend}"]
         if self.plan and self.device:
             plan = self.plan
+            splits = "by a work list" if plan.bounds else "by equal shares" if plan.shares else plan.splits
+            merges = ", then merge" if plan.most_merges(self.problem.batch) else ""
+            merges = ", merged by the last CTA of a request" if plan.workspace_tags else merges
             lines += [
                 f"device   {self.device.name}, sm_{self.device.arch}, {self.device.sm_count} SMs",
                 f"kernel   {plan.spec}",
                 f"tile     {plan.spec.tile_rows} rows x {8 * plan.spec.column_tiles} query heads a warp, "
                 f"{plan.spec.warps} warps a CTA, {plan.spec.ctas_per_sm} CTAs an SM, "
                 f"{plan.spec.shared_bytes} bytes of shared memory",
-                f"splits   {'by a work list' if plan.bounds else plan.splits} (grid {plan.grid}, workspace "
-                f"{plan.workspace} bytes{', then merge' if plan.splits > 1 or plan.bounds else ''})",
+                f"splits   {splits} (grid {plan.grid}, workspace {plan.workspace} bytes{merges})",
                 f"because  {plan.reason}",
             ]
         return "\n".join(lines)
@@ -98,7 +100,7 @@ def warmup(
     group_size : ``num_qo_heads / num_kv_heads``.
     kv_format : a format, or a pair (K, V).
     logits_soft_cap : whether calls will have a soft cap.
-    ragged : whether calls will have ``kv_lens``; their kernels are compiled with the others then.
+    ragged : whether calls will have ``kv_lens``; their kernels are compiled with the others then. Those over pages do.
     layout : ``"padded"`` or ``"paged"``, the caches of the calls.
     device : CUDA device index.
 
@@ -117,10 +119,12 @@ def warmup(
         raise ValueError(f"layout: expected {' or '.join(map(repr, LAYOUTS))}, got {layout!r}")
     problem = DecodeProblem(
         1, 1, group_size, 1, head_dim, q_format, k_format, v_format, (0, 0), (0, 0, 0), (0, 0, 0),
-        soft_cap=logits_soft_cap, ragged=ragged, paging=Paging(1, 1, 1, 0) if layout == "paged" else None,
+        soft_cap=logits_soft_cap, ragged=ragged or layout == "paged",
+        paging=Paging(1, 1, 1, 0) if layout == "paged" else None,
     )  # fmt: skip
     info = device_info(device)
-    wanted: list[Spec] = [*specs(problem, info.arch, info.shared_per_block), MergeSpec(q_format)]
-    if ragged:
-        wanted += [MergeSpec(q_format, "listed"), ScheduleSpec()]
+    decodes = specs(problem, info.arch, info.shared_per_block)
+    wanted: list[Spec] = [*decodes, *dict.fromkeys(map(MergeSpec.behind, decodes))]
+    if any(spec.schedule == "listed" for spec in decodes):
+        wanted.append(ScheduleSpec())
     return [str(kernel.spec) for kernel in compiler.load_all(wanted, device)]

@@ -131,7 +131,7 @@ class Planned(NamedTuple):
                 )
 
     def problem(self, batch: int, kind: tuple[int, int, int], window_left: int, soft_cap: bool) -> DecodeProblem:
-        """For the planner, which does not look at strides. ``kind``: :attr:`PageTables.kind`."""
+        """For the planner, with strides of 0 for those not known. ``kind``: :attr:`PageTables.kind`."""
         return DecodeProblem(
             batch, kind[0], self.num_qo_heads, self.num_kv_heads, self.head_dim, self.q_format or "f16", self.k_format,
             self.v_format, (0, 0), (0, 0, 0), (0, 0, 0), soft_cap, window_left + 1 if window_left >= 0 else -1,

@@ -15,7 +15,7 @@ from .page_tables import PageTables, read_page_tables
 from .paged_dispatch import PagedOptions, decode_paged
 from .paged_problem import Planned
 from .pages import Table
-from .workspaces import Workspace, planned_call, read_workspace
+from .workspaces import Workspace, most_workspace, planned_call, read_workspace
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if space is not None and self._backend != "numpy":
             tables, cap = made.tables, bool(made.logits_soft_cap)
             problem = made.planned.problem(tables.batch, tables.kind, made.window_left, cap)
-            needed = cuda.plan_decode(problem, cuda.device_info(space.device)).workspace
+            needed = most_workspace(problem, cuda.device_info(space.device))
             space.check(needed, problem, space.library, space.device)
 
 

@@ -117,7 +117,8 @@ class DecodeProblem:
     @property
     def can_copy_boxes(self) -> bool:
         """Whether the copy engine can step through both caches: no axis backwards, in place or in very long steps."""
-        sizes = (self.batch, self.kv_len, self.num_kv_heads)
+        outer, rows = (self.paging.num_pages, self.paging.page_size) if self.paging else (self.batch, self.kv_len)
+        sizes = (outer, rows, self.num_kv_heads)
         return all(
             size < 2 or 0 < stride < MOST_BOX_STRIDE
             for strides in (self.k_strides, self.v_strides)

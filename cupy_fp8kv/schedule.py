@@ -1,13 +1,19 @@
-"""The work list of a ragged batch: which CTA reads which rows, made on the device by ``cuda_src/schedule.cu``.
+"""Which CTA reads which rows of a ragged batch: by a work list, or in equal shares of all rows.
 
-A CTA takes ``turn_rows`` rows at a time, so rows are counted in turns. A chunk is an equal share of all turns, one for
-each of ``parts`` places on the device. A request gets a part for each chunk that it has, of equal sizes; what is left
-over makes another part only if it is more than an eighth of a chunk. So there are at most ``parts`` parts beyond one a
-request, which bounds grid, list and workspace whatever the lengths are. Largest parts come first.
+A work list is made on the device by ``cuda_src/schedule.cu``. A CTA takes ``turn_rows`` rows at a time, so rows are
+counted in turns. A chunk is an equal share of all turns, one for each of ``parts`` places on the device. A request
+gets a part for each chunk that it has, of equal sizes; what is left over makes another part only if it is more than an
+eighth of a chunk. So there are at most ``parts`` parts beyond one a request, which bounds grid, list and workspace
+whatever the lengths are. Largest parts come first.
+
+Equal shares are found by every warp itself (``cuda_src/schedule/even.cuh``). The requests lie end to end on a line,
+which is cut at any turn. Of a share's requests only the first and the last may be cut, so it has two slots for partial
+results.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +27,8 @@ MOST_PARTS = 2**15 - 1
 _BUCKETS = 32
 _SLACK_SHARE = 8
 _MOST_CHUNK = 2**30
+#: What it costs to begin and to end a request, in turns of a share.
+TURNS_OF_A_REQUEST = 1
 
 
 class ListEntry(NamedTuple):
@@ -115,3 +123,49 @@ def read_list(memory: np.ndarray, bounds: ListBounds) -> tuple[list[ListEntry], 
         ],
         [SplitRequest(*split[:3]) for split in splits[:split_count].tolist()],
     )
+
+
+class SharePart(NamedTuple):
+    """Rows ``[begin, end)`` of a request, all that the query sees if ``is_whole``; otherwise results go to ``slot``."""
+
+    request: int
+    begin: int
+    end: int
+    slot: int
+    is_whole: bool
+
+
+def even_shares(
+    kv_lens: Sequence[int], *, window_left: int, turn_rows: int, shares: int, least_turns: int, box_rows: int = 1
+) -> list[list[SharePart]]:
+    """What each of ``shares`` places on the device does, as ``schedule/even.cuh`` finds it: the last may have nothing.
+
+    Turns of a request begin at a multiple of ``box_rows``, the rows of a box of a page; 1 for padded caches. A request
+    has a turn at least, and weighs ``TURNS_OF_A_REQUEST`` more. There are no more shares than have ``least_turns``.
+
+    A definition for tests and for reading; calls never run it.
+    """
+    line = []  # request, where it begins, its turns, its first visible row, where its first turn begins
+    length = 0
+    for request, kv_len in enumerate(kv_lens):
+        begin = kv_len - visible_rows(kv_len, window_left)
+        first_row = begin // box_rows * box_rows
+        turns = max(1, -(-(kv_len - first_row) // turn_rows))
+        line.append((request, length, turns, begin, first_row))
+        length += turns + TURNS_OF_A_REQUEST
+    count = max(1, min(length // least_turns, shares))
+    each, longer = divmod(length, count)
+    cuts = [each * share + min(share, longer) for share in range(count + 1)]
+    found: list[list[SharePart]] = [[] for _ in range(shares)]
+    for share, (first, last) in enumerate(itertools.pairwise(cuts)):
+        for request, at, turns, begin, first_row in line:
+            # The turns of the request before and in this share.
+            before, until = max(0, first - at), min(turns, last - at)
+            if before < until:
+                rows = (
+                    first_row + before * turn_rows if before else begin,
+                    kv_lens[request] if until == turns else first_row + until * turn_rows,
+                )
+                slot = 2 * share + (before == 0)
+                found[share].append(SharePart(request, *rows, slot, before == 0 and until == turns))
+    return found

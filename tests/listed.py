@@ -38,12 +38,20 @@ NAMED = {
 
 
 @contextmanager
+def without_even_shares(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, ragged batches are planned as on devices without a copy engine."""
+    with patch.context() as inside:
+        inside.setattr(plan, "even_plan", lambda *_: None)
+        inside.setattr(dispatch, "_prepared", {})
+        yield
+
+
+@contextmanager
 def lists_everywhere(patch: pytest.MonkeyPatch, least_rows: int = 16) -> Iterator[None]:
     """Inside, requests with lengths of their own go through a work list however short they are, in parts as short."""
-    with patch.context() as inside:
+    with without_even_shares(patch), patch.context() as inside:
         inside.setattr(plan, "LISTED_LEAST_BYTES", 0)
         inside.setattr(plan, "LISTED_LEAST_ROWS", least_rows)
-        inside.setattr(dispatch, "_prepared", {})
         yield
 
 

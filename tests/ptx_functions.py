@@ -367,6 +367,23 @@ FUNCTIONS = [
     ),
     _load("out[0] = ptx::load_4(in);", 1, 1, "load_4"),
     _load("const uint2 v = ptx::load_8(in);\n        out[0] = v.x, out[1] = v.y;", 2, 2, "load_8"),
+    Function(
+        "load_fresh_8", 2, 2,
+        "const float2 v = ptx::load_fresh_8(reinterpret_cast<const float*>(in));\n"
+        "        out[0] = ptx::float_bits(v.x), out[1] = ptx::float_bits(v.y);", words(2), lambda x: x,
+    ),
+    Function(
+        "load_fresh_16", 4, 4,
+        "const float4 v = ptx::load_fresh_16(reinterpret_cast<const float*>(in));\n"
+        "        out[0] = ptx::float_bits(v.x), out[1] = ptx::float_bits(v.y);\n"
+        "        out[2] = ptx::float_bits(v.z), out[3] = ptx::float_bits(v.w);", words(4), lambda x: x,
+    ),
+    Function(
+        "store_tag, fence_device, load_tag", 2, 2,
+        "ptx::store_tag(reinterpret_cast<u64*>(out), static_cast<u64>(in[1]) << 32 | in[0]);\n"
+        "        ptx::fence_device();\n        const u64 tag = ptx::load_tag(reinterpret_cast<u64*>(out));\n"
+        "        out[0] = static_cast<u32>(tag >> 32), out[1] = static_cast<u32>(tag);", words(2), lambda x: x[:, ::-1],
+    ),
     *(_mma(name, dtype, integers) for name, dtype in (("f16", F16), ("bf16", BF16)) for integers in (True, False)),
     Function("transpose_8x8", 1, 1, "out[0] = ptx::transpose_8x8(in[0]);", words(1), _transposed),
     Function("permute_bytes", 3, 1, "out[0] = ptx::permute_bytes(in[0], in[1], in[2]);", words(3), _permuted),

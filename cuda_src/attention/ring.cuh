@@ -1,10 +1,10 @@
 // A ring of boxes in shared memory, which the copy engine (TMA, sm_90 and later) keeps filling while warps read from
 // it.
 //
-// One thread asks for boxes of ROWS rows of HEADS neighbouring cache heads, of K and of V in turn, as far ahead as the
-// ring is long: bytes in flight cost no registers, and rows of neighbouring heads, which NHD puts side by side, are
-// read together. A stage holds one box and has two barriers: filled, which counts the bytes of a copy, and free, which
-// counts the warps that are done with the box.
+// A warp of its own asks for boxes of ROWS rows of HEADS neighbouring cache heads, of K and of V in turn, as far ahead
+// as the ring is long: bytes in flight cost no registers, and rows of neighbouring heads, which NHD puts side by side,
+// are read together. A stage holds one box and has two barriers: filled, which counts the bytes of a copy, and free,
+// which counts the warps that are done with the box.
 #pragma once
 #include "mask.cuh"
 
@@ -82,12 +82,14 @@ class Ring {
         if (++turn.stage == count_) turn.stage = 0, turn.parity ^= 1;
     }
 
-    // Asks for a box once the warps are done with what was there; `first`: nothing was there yet.
-    template <class Box>
-    DEVICE void fill(const Turn& turn, bool first, const TensorMap* map, int row, int head, int request) const {
+    // Asks for a box once the warps are done with what was there; `first`: nothing was there yet. LANES of the warp
+    // take part; copy(lane's box, barrier) asks for what they share, `bytes` in all.
+    template <int LANES, class Copy>
+    DEVICE void fill(const Turn& turn, bool first, int bytes, const Lane& lane, Copy copy) const {
         if (!first) ptx::barrier_wait(free(turn.stage), turn.parity ^ 1);
-        ptx::barrier_arrive_expecting(filled(turn.stage), Box::kBytes);
-        ptx::copy_box(box(turn.stage), map, 0, 0, head, row, request, filled(turn.stage));
+        if (LANES == 1 || lane.index() == 0) ptx::barrier_arrive_expecting(filled(turn.stage), bytes);
+        if (LANES > 1) ptx::sync_warp();  // a copy that ends before it was announced would end the phase
+        copy(box(turn.stage), filled(turn.stage));
     }
 
     // The box, once it is there.
@@ -96,11 +98,14 @@ class Ring {
         return box(turn.stage);
     }
 
-    // A warp is done with a box: what it loaded has arrived, because it has been used. A load that has only been
-    // issued may still be on its way when the copy engine writes the next box.
-    DEVICE void release(const Turn& turn, const Lane& lane) const {
-        ptx::sync_warp();
-        if (lane.index() == 0) ptx::barrier_arrive(free(turn.stage));
+    // A warp is done with a box. `bits`, of all loads from it, are not known before they have ended, nor is therefore
+    // where to arrive. Without, the compiler arrives while loads are on their way, and puts what uses them behind; the
+    // copy engine does not wait for loads, and where banks conflict it was seen to be faster than they.
+    DEVICE void release(const Turn& turn, const Lane& lane, u32 bits) const {
+        const u32 none = static_cast<u32>(count_) >> 16;  // which the compiler does not know
+        const bool never = ptx::any(bits & none);
+        ptx::sync_warp();  // a vote orders no memory
+        if (lane.index() == 0) ptx::barrier_arrive(free(turn.stage) + never);
     }
 
   private:

@@ -20,6 +20,13 @@ struct KTile {
             Slice::load(high[r], rows.row(row + 8, range), lane.thread);
         }
     }
+
+    DEVICE u32 bits_of_loads() const {
+        u32 bits = 0;
+#pragma unroll
+        for (int r = 0; r < SUBTILES; r++) bits |= Slice::bits_of_loads(low[r]) | Slice::bits_of_loads(high[r]);
+        return bits;
+    }
 };
 
 // SUBTILES times 16 rows of V. A lane holds its slice of rows 2t, 2t + 1, 2t + 8 and 2t + 9 of each: after pairing
@@ -39,13 +46,23 @@ struct VTile {
                 Slice::load(rows_[r][i], rows.row(row_of(first, r, i, lane), range), lane.group);
     }
 
+    DEVICE u32 bits_of_loads() const {
+        u32 bits = 0;
+#pragma unroll
+        for (int r = 0; r < SUBTILES; r++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) bits |= Slice::bits_of_loads(rows_[r][i]);
+        return bits;
+    }
+
     // Zeroes what was loaded in place of rows that `range` does not have.
+    template <bool FROM_BEFORE>
     DEVICE void clear_beyond(const RowRange& range, int first, const Lane& lane) {
 #pragma unroll
         for (int r = 0; r < SUBTILES; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (!range.visible(row_of(first, r, i, lane)))
+                if (!range.visible<FROM_BEFORE>(row_of(first, r, i, lane)))
 #pragma unroll
                     for (int w = 0; w < Slice::kWords; w++) rows_[r][i][w] = 0;
     }

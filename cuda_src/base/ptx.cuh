@@ -48,6 +48,36 @@ DEVICE uint2 load_8(const void* src) {
     return v;
 }
 
+// What another CTA has written while this kernel runs, from where writes go. In place after a fence.
+DEVICE float2 load_fresh_8(const float* src) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(src) : "memory");
+    return v;
+}
+
+DEVICE float4 load_fresh_16(const float* src) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(src)
+                 : "memory");
+    return v;
+}
+
+// Words by which CTAs of one kernel tell each other something. A fence before a store makes known with it what was
+// written, one after a load makes that visible, and one between them orders both.
+DEVICE void store_tag(u64* address, u64 tag) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(address), "l"(tag) : "memory");
+}
+
+DEVICE u64 load_tag(const u64* address) {
+    u64 tag;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(tag) : "l"(address) : "memory");
+    return tag;
+}
+
+DEVICE void fence_device() { asm volatile("fence.sc.gpu;" ::: "memory"); }
+
 // ---------------------------------------------------------------------------------------------- shared memory
 template <int BYTES>
 DEVICE void load_shared(u32* dst, const u8* src) {

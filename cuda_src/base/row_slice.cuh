@@ -40,7 +40,16 @@ struct RowSlice {
         load_from<0>(words, share, lane);
     }
 
+    // Some bits of every load, so that it is not known before all of them have ended.
+    static DEVICE u32 bits_of_loads(const u32 (&words)[kWords]) { return bits_from<0>(words); }
+
   private:
+    template <int START>
+    static DEVICE u32 bits_from(const u32 (&words)[kWords]) {
+        if constexpr (START < kBytes) return words[START / 4] | bits_from<START + load_width(START)>(words);
+        return 0;
+    }
+
     template <int START, class Share>
     static DEVICE void load_from(u32 (&words)[kWords], const Share& share, int lane) {
         if constexpr (START < kBytes) {

@@ -39,6 +39,19 @@ struct PaddedLayout {
         DEVICE StridedRows of_v(const StridedRows& rows, int) const { return rows; }
     };
 
+    // Where the copy engine finds rows: the coordinates of a box that begins with a row.
+    struct BoxPlaces {
+        int row;
+        int outer;
+
+        DEVICE BoxPlaces(const DecodeParams&, int request) : outer(request) {}
+        DEVICE void ask(int, const RowRange&) {}
+        DEVICE void find(int row_of_request) { row = row_of_request; }
+    };
+
+    // The row that boxes are to begin with, so that one of them begins or holds `row`.
+    static DEVICE int box_begin(const DecodeParams&, int row) { return row; }
+
     // A length on the device cannot be checked before the launch: what lies outside the cache is cut off here.
     static DEVICE int kv_len(const DecodeParams& p, int request) {
         return p.kv_lens ? max_of(0, min_of(p.kv_lens[request], p.kv_len)) : p.kv_len;

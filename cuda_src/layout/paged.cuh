@@ -49,6 +49,36 @@ struct PagedLayout {
     static DEVICE PageRows k_rows(const DecodeParams& p, int, int head) { return {p.k + head * p.k_stride_head}; }
     static DEVICE PageRows v_rows(const DecodeParams& p, int, int head) { return {p.v + head * p.v_stride_head}; }
 
+    // Where the copy engine finds rows: the coordinates of a box that begins with a row. A page has whole boxes.
+    class BoxPlaces {
+      public:
+        int row;
+        int outer;
+
+        DEVICE BoxPlaces(const DecodeParams& p, int request)
+            : p_(p), first_entry_(p.page_indptr ? p.page_indptr[request] : request * p.block_table_stride) {}
+
+        // Asks for the entry of a row, or in place of one past the range of its last.
+        DEVICE void ask(int row_of_request, const RowRange& range) {
+            const int entry = first_entry_ + p_.page_size.quotient(range.clamp(row_of_request));
+            page_ = static_cast<int>(ptx::load_4(p_.page_indices + entry));
+        }
+
+        // Of the row that was asked for last.
+        DEVICE void find(int row_of_request) {
+            row = p_.page_size.remainder(row_of_request, p_.page_size.quotient(row_of_request));
+            outer = page_;
+        }
+
+      private:
+        const DecodeParams& p_;
+        int first_entry_;
+        int page_;
+    };
+
+    // A box holds 2^box_shift rows of one page, which begin at a multiple of as many.
+    static DEVICE int box_begin(const DecodeParams& p, int row) { return row >> p.box_shift << p.box_shift; }
+
     // Where the rows of a warp's tiles lie.
     template <int SUBTILES>
     class Places {

@@ -33,7 +33,7 @@ struct WorkList {
     ListEntry* entries;
 
     static DEVICE WorkList of(const DecodeParams& p) {
-        ListHead* head = reinterpret_cast<ListHead*>(p.work_list);
+        ListHead* head = reinterpret_cast<ListHead*>(p.tags);
         SplitRequest* split_requests = reinterpret_cast<SplitRequest*>(head + 1);
         return {head, split_requests, reinterpret_cast<ListEntry*>(split_requests + p.most_split)};
     }
@@ -41,6 +41,7 @@ struct WorkList {
 
 struct ListedSchedule {
     static constexpr bool kHasSurplus = true;
+    static constexpr bool kManyWorks = false;
 
     static DEVICE Place place(const DecodeParams& p, int index) { return Place::of(p, index); }
 
@@ -50,23 +51,25 @@ struct ListedSchedule {
         const WorkList list = WorkList::of(p);
         const ListEntry entry = list.entries[place.part];  // on its way together with the head
         const bool exists = place.part < list.head->entries;
-        return {entry.request, place.head_team, place.column_block, entry.kv_len,
-                static_cast<int>(entry.parts_and_split & 0xffffu),
-                exists ? static_cast<int>(entry.parts_and_split >> 16) : 0, entry.slot};
+        const RowRange rows = RowRange::of_request(entry.kv_len, p.window_left);
+        const int splits = exists ? static_cast<int>(entry.parts_and_split >> 16) : 0;
+        return {entry.request, place.head_team, place.column_block, entry.kv_len, rows, rows.begin,
+                static_cast<int>(entry.parts_and_split & 0xffffu), splits, splits == 1, entry.slot, 0, 0};
     }
 
-    static DEVICE i64 partial(const DecodeParams& p, const Work& work, int head) {
-        return static_cast<i64>(work.slot) * (p.num_kv_heads * p.group_size) + head;
+    static DEVICE PartRange parts_of(const DecodeParams&, const Work& work) {
+        return {work.part - work.split, 1, 0, work.splits};
     }
 
-    // `count` is 0 beyond the last split request.
+    static DEVICE int most_merges(const DecodeParams& p) { return p.most_split * p.num_kv_heads * p.group_size; }
+
+    template <class Layout>
     static DEVICE Parts parts(const DecodeParams& p, int index) {
         const WorkList list = WorkList::of(p);
         const int num_qo_heads = p.num_kv_heads * p.group_size;
         const int head = index % num_qo_heads;
         const SplitRequest split = list.split_requests[index / num_qo_heads];
         const bool exists = index / num_qo_heads < list.head->split_requests;
-        return {split.request, head, exists ? split.parts : 0, static_cast<i64>(split.slot) * num_qo_heads + head,
-                num_qo_heads};
+        return {split.request, head, {split.slot, 1, 0, exists ? split.parts : Parts::kNoMore}};
     }
 };

@@ -4,29 +4,35 @@
 
 struct UniformSchedule {
     static constexpr bool kHasSurplus = false;
+    static constexpr bool kManyWorks = false;
 
     // All but the length.
     static DEVICE Work place(const DecodeParams& p, int index) {
         const Place place = Place::of(p, index);
-        const int request = p.splits.quotient(place.part);
-        return {request, place.head_team, place.column_block, 0, p.splits.remainder(place.part, request),
-                p.splits.value, 0};
+        // Parts are numbered like places: [B, splits].
+        const int request = p.splits.quotient(place.part), splits = p.splits.value;
+        return {request, place.head_team, place.column_block, 0, {0, 0}, 0, p.splits.remainder(place.part, request),
+                splits, splits == 1, place.part, 0, 0};
     }
 
     template <class Layout>
     static DEVICE Work work(const DecodeParams& p, Work work) {
         work.kv_len = Layout::kv_len(p, work.request);
+        work.rows = RowRange::of_request(work.kv_len, p.window_left);
+        work.first_row = work.rows.begin;
         return work;
     }
 
-    static DEVICE i64 partial(const DecodeParams& p, const Work& work, int head) {
-        const i64 row = static_cast<i64>(work.request) * (p.num_kv_heads * p.group_size) + head;
-        return row * p.splits.value + work.split;
+    static DEVICE PartRange parts_of(const DecodeParams& p, const Work& work) {
+        return {work.request * p.splits.value, 1, 0, p.splits.value};
     }
 
+    static DEVICE int most_merges(const DecodeParams& p) { return p.batch * p.num_kv_heads * p.group_size; }
+
+    template <class Layout>
     static DEVICE Parts parts(const DecodeParams& p, int index) {
         const int num_qo_heads = p.num_kv_heads * p.group_size;
-        return {index / num_qo_heads, index % num_qo_heads, p.splits.value, static_cast<i64>(index) * p.splits.value,
-                1};
+        const int request = index / num_qo_heads;
+        return {request, index % num_qo_heads, {request * p.splits.value, 1, 0, p.splits.value}};
     }
 };

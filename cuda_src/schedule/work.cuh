@@ -1,5 +1,7 @@
 // What a Schedule speaks of: the share of one CTA of decode.cu, and what merge.cu puts together.
 #pragma once
+#include "attention/parts.cuh"
+#include "mask.cuh"
 #include "params.cuh"
 
 // What is known of a CTA without reading memory. CTAs of one part's heads are neighbours: in NHD their rows are
@@ -16,22 +18,28 @@ struct Place {
     }
 };
 
-// One CTA's share: some query heads of one team of cache heads, over one of the `splits` of the rows of one request.
+// A CTA's share, or a part of it: some query heads of one team of cache heads, over every `splits`-th turn of rows of
+// one request, from number `split` on.
 struct Work {
     int request;
     int head_team;
     int column_block;
     int kv_len;
+    RowRange rows;
+    int first_row;  // of turn 0: where `rows` begin, or before it where boxes are cut like pages
     int split;
     int splits;
-    int slot;  // of a listed schedule: where partial results go
+    bool is_whole;  // nobody else has rows of the request for these heads: results are not partial
+    int part;       // where partial results go
+    int first_part;  // of an even schedule, likewise: of the request's first part
+    int parts;       // and how many it has
 };
 
-// The partial results of one query head of a request: rows first, first + stride … of DecodeParams::partial_out.
+// What merge.cu is to merge.
 struct Parts {
+    static constexpr int kNoMore = -1;
+
     int request;
     int head;
-    int count;
-    i64 first;
-    int stride;
+    PartRange range;  // with a count of 0: there is nothing to merge; kNoMore: neither for any index from here on
 };

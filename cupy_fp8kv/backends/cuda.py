@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..arrays import Library
@@ -12,7 +13,7 @@ from ..jit.params import ParamBlock, divisors
 from ..jit.spec import MergeSpec, QuantizeSpec, ScheduleSpec
 from ..jit.tensor_map import TensorMaps
 from ..paged_problem import paging_fields
-from ..plan import Plan, least_turns, plan_decode
+from ..plan import Plan, box_rows, least_turns, plan_decode
 from ..problem import DecodeProblem
 from ..tuning.store import tuned_plan
 
@@ -24,10 +25,15 @@ _DECODE_REST = _DECODE_LEADING - _DECODE_ARRAYS
 #: Where lengths and window stand among the rest.
 _KV_LENS_VALUE = 0
 _WINDOW_VALUE = 9
-#: CTAs of a merge behind a work list.
+#: CTAs of a merge where lengths decide what there is to merge.
 _MERGES_PER_SM = 8
 #: Fields of QuantizeParams likewise.
 _QUANTIZE_LEADING = 4
+
+
+def _new_tag() -> int:
+    """A number that memory does not hold by chance, nor because another plan has left it there."""
+    return 1 + (int.from_bytes(os.urandom(8), "little") >> 1)
 
 
 class PreparedDecode:
@@ -43,7 +49,8 @@ class PreparedDecode:
         self.plan: Plan = plan or tuned_plan(problem, info) or plan_decode(problem, info)
         plan = self.plan
         self._grid = plan.grid
-        self._list_bytes, self._out_bytes = plan.workspace_list, plan.workspace_out
+        # A workspace begins with a list, or with tags.
+        self._front_bytes, self._out_bytes = plan.workspace_list + plan.workspace_tags, plan.workspace_out
         self._partial_bytes = plan.workspace_out + plan.workspace_state
         self._runtime = require_cupy().cuda.runtime
         self._current_device = self._runtime.getDevice
@@ -56,17 +63,17 @@ class PreparedDecode:
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             kv_len=problem.max_rows, group_size=problem.group_size, head_dim=problem.head_dim,
-            num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages,
+            num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages, tag=_new_tag() if plan.workspace_tags else 0,
             batch=problem.batch, most_split=plan.bounds.split_requests if plan.bounds else 0,
-            least_turns=least_turns(plan.spec),
+            least_turns=least_turns(plan.spec), box_shift=box_rows(problem, plan.spec).bit_length() - 1,
             **divisors(
                 head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
-                splits=plan.splits, list_parts=plan.bounds.parts if plan.bounds else 1,
+                splits=plan.splits, list_parts=plan.bounds.parts if plan.bounds else plan.shares or 1,
                 turn_rows=plan.spec.turn_rows, page_size=problem.paging.page_size if problem.paging else 1,
             ),
             **paging_fields(problem),
         )  # fmt: skip
-        merged = plan.bounds.split_requests if plan.bounds else problem.batch * (plan.splits > 1)
+        merged = plan.most_merges(problem.batch)
         self._params = params
         self._lock = params.lock
         self._write_arrays = params.writer(0, _DECODE_ARRAYS)
@@ -75,7 +82,7 @@ class PreparedDecode:
         self._rest: tuple[int | float, ...] | None = None
         self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
         schedule = ScheduleSpec.of_batch(problem.batch) if plan.bounds else None
-        merge = MergeSpec(problem.q_format, plan.spec.schedule) if merged else None
+        merge = MergeSpec.behind(plan.spec) if merged else None
         compiler.load_all([spec for spec in (plan.spec, schedule, merge) if spec], device)  # at the same time
         self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=plan.early)
         self._schedule: Launch | None = None
@@ -84,8 +91,8 @@ class PreparedDecode:
             self._schedule = Launch(compiler.load(schedule, device), 1, params, dependent=True)
         if merge:
             heads = merged * problem.num_qo_heads
-            # A list rarely splits as many requests as it may: CTAs that find nothing to merge are a loss.
-            merge_grid = min(heads, _MERGES_PER_SM * self.info.sm_count) if plan.bounds else heads
+            # Rarely as many requests are split as may be: CTAs that find nothing to merge are a loss.
+            merge_grid = min(heads, _MERGES_PER_SM * self.info.sm_count) if plan.by_lengths else heads
             self._merge = Launch(compiler.load(merge, device), merge_grid, params, dependent=True)
 
     def run(
@@ -118,12 +125,13 @@ class PreparedDecode:
         if self._grid == 0:
             return
         stream, merge = library.stream(device), self._merge
-        list_bytes = partial_out = partial_state = 0
-        if merge is not None:
-            list_bytes = 0 if work_list else self._list_bytes
+        schedule = None if work_list else self._schedule
+        partial_out = partial_state = 0
+        if self._partial_bytes:
+            front_bytes = 0 if work_list else self._front_bytes
             # What the workspace's owner frees when this returns is freed in the order of the stream.
-            _workspace, address = workspace or library.workspace(list_bytes + self._partial_bytes, device, stream)
-            partial_out = address + list_bytes
+            _workspace, address = workspace or library.workspace(front_bytes + self._partial_bytes, device, stream)
+            partial_out = address + front_bytes
             partial_state = partial_out + self._out_bytes
             work_list = work_list or address
         with self._lock:
@@ -134,8 +142,8 @@ class PreparedDecode:
                 self._rest = rest
             if self._tensor_maps is not None:
                 self._tensor_maps.write(k, v, self._params.tensor_maps)
-            if list_bytes and self._schedule is not None:
-                self._schedule.start(stream)
+            if schedule is not None:
+                schedule.start(stream)
             self._decode.start(stream)
             if merge is not None:
                 merge.start(stream)

@@ -11,6 +11,7 @@ from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..layouts import LAYOUTS
 from ..problem import MAX_HEAD_DIM, DecodeProblem, Paging
+from ..ring_plans import RING_ARCH
 from ..tuning.options import spec_options
 from .spec import (
     SCHEDULES,
@@ -104,32 +105,40 @@ def _pairwise_decode(arch: int) -> list[DecodeSpec]:
             row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"], row["layout"]
         )  # fmt: skip
         shapes = _by_schedule(problem, arch)[row["schedule"]]
-        if not shapes:  # work lists are of padded caches
+        if not shapes:  # work lists are of padded caches, equal shares of devices with rings and rows not too long
             shapes = _by_schedule(problem, arch)["uniform"]
         found.append(replace(shapes[row["cta_shape"] % len(shapes)], software_fp8=row["software_fp8"] and hardware))
     return found
 
 
 def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arch: int) -> list[DecodeSpec]:
-    """Every CTA shape of every combination; with a work list, which compiles much alike, one of them in turn.
+    """Every CTA shape of every combination; of those for which lengths decide, which compile much alike, one in turn.
 
-    Over pages one, since all of them have the same registers.
+    Over pages one too: straight to registers, where all shapes have the same, or of equal shares.
     """
     found = []
+    per_pair = len(_Q_FORMATS) * len(head_dims) * len(_GROUPS)
     combinations = itertools.product(pairs, _Q_FORMATS, head_dims, _GROUPS.values())
     for index, ((k, v), q, head_dim, groups) in enumerate(combinations):
         shapes = _by_schedule(_problem(q, k, v, head_dim, groups[-1]), arch)
-        found += [*shapes["uniform"], shapes["listed"][index % len(shapes["listed"])]]
+        by_lengths = [*shapes["listed"], *shapes["even"]]
+        found += [*shapes["uniform"], by_lengths[index % len(by_lengths)]]
         if q == "f16":
-            found += plan.specs(_problem(q, k, v, head_dim, groups[-1], layout="paged"), arch)[:1]
+            paged = _by_schedule(_problem(q, k, v, head_dim, groups[-1], layout="paged"), arch)
+            choices = [paged["uniform"][0], *paged["even"]]
+            # Not the same one whenever a head dimension comes round.
+            found.append(choices[(index + index // per_pair) % len(choices)])
     return found
 
 
-def _others() -> list[Spec]:
+def _others(arch: int) -> list[Spec]:
+    merges: list[tuple[str, ...]] = [("uniform",), ("listed",)]
+    if arch >= RING_ARCH:
+        merges += [("even", layout) for layout in LAYOUTS]
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
     return [
         CheckTablesSpec(), ScheduleSpec(),
-        *(MergeSpec(*one) for one in itertools.product(_Q_FORMATS, SCHEDULES)),
+        *(MergeSpec(q, *one) for q in _Q_FORMATS for one in merges),
         *(QuantizeSpec(*chosen) for chosen in quantize),
         *(MergeStatesSpec(dtype) for dtype in _VALUE_DTYPES),
         *(PagesSpec(entry, word) for entry in ("copy_pages", "gather") for word in PAGE_WORDS),
@@ -141,19 +150,19 @@ def _others() -> list[Spec]:
 def covering_specs(arch: int) -> list[Spec]:
     """Every common specialisation, and for the rest each two properties together at least once."""
     same = [(name, name) for name in KV_FORMATS]
-    return list(dict.fromkeys([*_full_decode(same, _COMMON_HEAD_DIMS, arch), *_pairwise_decode(arch), *_others()]))
+    return list(dict.fromkeys([*_full_decode(same, _COMMON_HEAD_DIMS, arch), *_pairwise_decode(arch), *_others(arch)]))
 
 
 def all_formats_specs(arch: int) -> list[Spec]:
     """Every pair of formats of K and V at the common head dimensions."""
     pairs = itertools.product(KV_FORMATS, KV_FORMATS)
-    return list(dict.fromkeys([*_full_decode(pairs, _COMMON_HEAD_DIMS, arch), *_others()]))
+    return list(dict.fromkeys([*_full_decode(pairs, _COMMON_HEAD_DIMS, arch), *_others(arch)]))
 
 
 def all_head_dims_specs(arch: int) -> list[Spec]:
     """Every head dimension, K and V in the same format."""
     same = [(name, name) for name in KV_FORMATS]
-    return list(dict.fromkeys([*_full_decode(same, _HEAD_DIMS, arch), *_others()]))
+    return list(dict.fromkeys([*_full_decode(same, _HEAD_DIMS, arch), *_others(arch)]))
 
 
 def options_specs(arch: int) -> list[Spec]:

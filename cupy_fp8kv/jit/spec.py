@@ -10,7 +10,7 @@ from ..positions import POSITION_MODES
 from . import sources
 
 #: Policies of ``cuda_src/schedule/``, by the name of their header.
-SCHEDULES = {"uniform": "UniformSchedule", "listed": "ListedSchedule"}
+SCHEDULES = {"uniform": "UniformSchedule", "listed": "ListedSchedule", "even": "EvenSchedule"}
 
 
 def _constants(**values: int | bool) -> list[str]:
@@ -39,7 +39,7 @@ class DecodeSpec:
     ctas_per_sm: int
     heads: int = 1  # neighbouring cache heads that a CTA works on
     stages: int = 0  # of a ring of boxes in shared memory, which the kernel is told; 0: rows go straight to registers
-    schedule: str = "uniform"  # or "listed"
+    schedule: str = "uniform"  # or "listed", or "even"
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
@@ -162,10 +162,14 @@ class DecodeSpec:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """One compiled ``cuda_src/merge.cu``, by the type of the result and the schedule of what it merges."""
+    """One compiled ``cuda_src/merge.cu``, by the type of the result and the schedule of what it merges.
+
+    An even schedule asks for lengths as ``layout`` has them.
+    """
 
     q: str
     schedule: str = "uniform"
+    layout: str = "padded"
 
     entry = "merge"
     threads = 256
@@ -173,10 +177,18 @@ class MergeSpec:
 
     def source(self) -> str:
         lines = [f"using QFormat = {KV_FORMATS[self.q].policy};", f"using Schedule = {SCHEDULES[self.schedule]};"]
-        return sources.render(str(self), [_header(self.q), f"schedule/{self.schedule}.cuh"], lines, "merge.cu")
+        lines += [f"using Layout = {LAYOUTS[self.layout]};"]
+        headers = [_header(self.q), f"layout/{self.layout}.cuh", f"schedule/{self.schedule}.cuh"]
+        return sources.render(str(self), headers, lines, "merge.cu")
 
     def __str__(self) -> str:
-        return f"merge[out={self.q}{_named(self.schedule)}]"
+        layout = "" if self.layout == "padded" else f" {self.layout}"
+        return f"merge[out={self.q}{layout}{_named(self.schedule)}]"
+
+    @classmethod
+    def behind(cls, spec: DecodeSpec) -> MergeSpec:
+        """What merges the partial results of a decode kernel."""
+        return cls(spec.q, spec.schedule, spec.layout if spec.schedule == "even" else "padded")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import ctypes
 
 from ..formats import KV_FORMATS
 from ..problem import DecodeProblem
+from ..ring_plans import box_rows
 from .device import driver_function
 from .params import TENSOR_MAP_BYTES
 from .spec import DecodeSpec
@@ -58,8 +59,10 @@ class TensorMaps:
         # attention/ring.cuh, RingBox
         piece = 128 if row_bytes % 128 == 0 else row_bytes
         request, row, head = (stride or row_bytes for stride in strides)
-        sizes = (piece // 4, row_bytes // piece, problem.num_kv_heads, problem.kv_len, problem.batch)
-        box = (piece // 4, row_bytes // piece, spec.heads, spec.turn_rows, 1)
+        paging = problem.paging
+        rows, outer = (paging.page_size, paging.num_pages) if paging else (problem.kv_len, problem.batch)
+        sizes = (piece // 4, row_bytes // piece, problem.num_kv_heads, rows, outer)
+        box = (piece // 4, row_bytes // piece, spec.heads, box_rows(problem, spec), 1)
         return sizes, (piece, head, row, request), box, SWIZZLES.get(piece, 0)
 
     def write(self, k: int, v: int, to: memoryview) -> None:

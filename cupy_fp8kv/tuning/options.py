@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..jit.spec import DecodeSpec
-from ..plan import MAX_WORKSPACE, RING_ARCH, DeviceInfo, Plan, finish_plan, fits_registers, plan_decode
+from ..plan import MAX_WORKSPACE, DeviceInfo, Plan, finish_plan, fits_registers, plan_decode
 from ..problem import MOST_BOX_ROWS, DecodeProblem
+from ..ring_plans import RING_ARCH
 
 #: Warps of an SM that load straight to registers, and into how many CTAs they are cut.
 _REGISTER_WARPS = (16, 8)

@@ -250,6 +250,7 @@ def test_one_plan_serves_all_sets(shape, monkeypatch):
 
 def test_without_plans_there_is_no_call(monkeypatch):
     monkeypatch.delattr(cupy_fp8kv, "DecodePlan", raising=False)
+    monkeypatch.delitem(cupy_fp8kv._MODULE_OF, "DecodePlan")
     assert input_sets(SHAPE, monkeypatch).plan_call() is None
 
 

@@ -14,6 +14,8 @@ from cupy_fp8kv import info
 from cupy_fp8kv.formats import KV_FORMATS
 from cupy_fp8kv.jit import covering, sources
 from cupy_fp8kv.jit.device import has_gpu
+from cupy_fp8kv.jit.spec import MergeSpec
+from cupy_fp8kv.layouts import LAYOUTS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SMALL = ["--batch", "2", "--kv-len", "40", "--num-qo-heads", "4", "--num-kv-heads", "2", "--head-dim", "32"]
@@ -263,5 +265,12 @@ def test_covering_set(arch):
         "decode", "schedule", "merge", "amax", "scales", "quantize", "dequantize", "check_tables", "merge_given",
         "append", "copy_pages", "gather",
     }  # fmt: skip
+    has_rings = arch >= 90
     for entry in ("decode", "merge"):
-        assert {spec.schedule for spec in specs if spec.entry == entry} == {"uniform", "listed"}
+        found = {spec.schedule for spec in specs if spec.entry == entry}
+        assert found == ({"uniform", "listed", "even"} if has_rings else {"uniform", "listed"})
+    assert {MergeSpec.behind(spec) for spec in decode} == {spec for spec in specs if spec.entry == "merge"}
+    even = [spec for spec in decode if spec.schedule == "even"]
+    assert {(spec.layout, spec.heads, spec.column_tiles) for spec in even} == {
+        (layout, heads, tiles) for layout in LAYOUTS for heads in (1, 2) for tiles in (1, 2) if has_rings
+    }  # fmt: skip

@@ -122,7 +122,7 @@ BUGS = [
         "splits overlap", (PLAIN,), "decode.cu", "work.splits * kTurnRows;\n    const int row_in_turn",
         "kTurnRows;\n    const int row_in_turn", SPLIT,
     ),
-    Bug("a row too many", (PLAIN,), "mask.cuh", "return row < end;", "return row <= end;"),
+    Bug("a row too many", (PLAIN,), "mask.cuh", "return row < end &&", "return row <= end &&"),
     Bug("a window one short", (PLAIN,), "mask.cuh", "kv_len - 1 - window_left;", "kv_len - window_left;", WINDOWED),
     Bug(
         "slices in another order", (PLAIN,), "base/row_slice.cuh", "return LANES * start + lane", "return start + lane",
@@ -139,13 +139,13 @@ BUGS = [
         "mask = 8; mask < 32; mask *= 2) state",
     ),
     Bug(
-        "a sum merged without its factor", (PLAIN,), "merge.cu", "states_read[i].sum * factor;",
-        "states_read[i].sum;", SPLIT,
+        "a sum merged without its factor", (PLAIN,), "attention/parts.cuh", "states[i].sum * factor;",
+        "states[i].sum;", SPLIT,
     ),
     Bug(
         "the wrong query heads", (PLAIN,), "decode.cu",
-        "(work.head_team * kHeads + head) * p.group_size + first_column",
-        "(work.head_team * kHeads + head) + first_column",
+        "(work.head_team * kHeads + head) * p.group_size + work.column_block",
+        "(work.head_team * kHeads + head) + work.column_block",
     ),
     Bug("the wrong cache head", (PLAIN,), "layout/padded.cuh", "head * p.v_stride_head", "0 * p.v_stride_head"),
     Bug(
@@ -255,8 +255,8 @@ BUGS = [
         "deadlock",
     ),
     Bug(
-        "bytes that never come", (PLAIN,), "attention/ring.cuh", "(filled(turn.stage), Box::kBytes)",
-        "(filled(turn.stage), Box::kBytes + 16)", ring, "deadlock",
+        "bytes that never come", (PLAIN,), "attention/ring.cuh", "(filled(turn.stage), bytes)",
+        "(filled(turn.stage), bytes + 16)", ring, "deadlock",
     ),
     Bug(
         "chunks exchanged otherwise", (PLAIN,), "attention/ring.cuh", "kPieceBytes == 128 ? 7",
@@ -301,8 +301,8 @@ BUGS = [
         lists,
     ),
     Bug(
-        "a merge of a request that was not split", (PLAIN, ADDRESS), "schedule/listed.cuh", "exists ? split.parts : 0",
-        "split.parts", lists,
+        "a merge of a request that was not split", (PLAIN, ADDRESS), "schedule/listed.cuh",
+        "exists ? split.parts : Parts::kNoMore", "exists ? split.parts : 2", lists,
     ),
     Bug(
         "a list longer than its memory", (ADDRESS,), "schedule.cu", "if (threadIdx.x == 0) *list.head",
@@ -342,7 +342,7 @@ BUGS = [
     ),
     Bug(
         "no barrier between merges", (THREAD,), "merge.cu",
-        "if (index != static_cast<int>(blockIdx.x)) ptx::sync_threads();", "", many_merges,
+        "        ptx::sync_threads();  // shared memory is used again\n", "", many_merges,
     ),
     Bug("a merge that stops early", (PLAIN,), "merge.cu", "index += gridDim.x", "index += most", many_merges),
     Bug(
@@ -355,7 +355,7 @@ BUGS = [
     ),
     Bug(
         "splits that store to one place", (PLAIN, THREAD), "schedule/uniform.cuh",
-        "row * p.splits.value + work.split", "row * p.splits.value", narrow,
+        "splits == 1, place.part,", "splits == 1, request,", narrow,
     ),
     Bug(
         "a maximum that is not atomic", (THREAD,), "quantize.cu", "ptx::atomic_max(&slots[slot], largest)",

@@ -120,8 +120,10 @@ def every_spec():
     found = list(dict.fromkeys(found))  # a group of 12 may be two blocks of 8 columns
     found += [dataclasses.replace(spec, software_fp8=True) for spec in found[:100]]
     found += [dataclasses.replace(spec, schedule="listed") for spec in found[:100]]
-    found += [dataclasses.replace(spec, layout="paged") for spec in found if not spec.stages]
+    found += [dataclasses.replace(spec, schedule="even") for spec in found[:100] if spec.stages]
+    found += [dataclasses.replace(spec, layout="paged") for spec in found if not spec.stages or spec.schedule == "even"]
     found += [MergeSpec(q, schedule) for q in ("f16", "bf16") for schedule in SCHEDULES] + [ScheduleSpec()]
+    found += [MergeSpec(q, "even", "paged") for q in ("f16", "bf16")]
     found += [MergeStatesSpec(dtype) for dtype in ("float16", "bfloat16", "float32")]
     found += [AppendSpec.copying(itemsize) for itemsize in (1, 2)]
     for values, stored, software in itertools.product(("float16", "float32"), KV_FORMATS, (False, True)):

@@ -326,12 +326,21 @@ def test_the_workspace_for_any_length_is_enough_for_each(batch, num_kv_heads):
     assert needed == sorted(needed) and needed[-1] <= most
 
 
-def test_paged_plans_have_no_ring():
+@pytest.mark.parametrize(
+    ("page_size", "k_strides", "has_ring"),
+    [
+        (16, (16384, 1024, 128), True), (48, (49152, 1024, 128), True), (1, (1024, 1024, 128), False),
+        (24, (24576, 1024, 128), False), (8, (8192, 1024, 128), False), (16, (-16384, 1024, 128), False),
+        (256, (262144, 1024, 128), True), (256, (262144, 0, 128), False),
+    ],
+)  # fmt: skip
+def test_which_pages_are_read_by_rings(page_size, k_strides, has_ring):
+    """The copy engine takes whole boxes of a page, of 16 rows or more."""
     case = paged(16, group=4, num_kv_heads=8, batch=1, kv_len=32, lens=(32,))
     problem = dataclasses.replace(
-        case.base.problem, kv_len=131072, batch=16, ragged=False,
-        paging=Paging(16, 4, 131072, 0),
+        case.base.problem, kv_len=131072, batch=16, k_strides=k_strides, v_strides=(page_size * 1024, 1024, 128),
+        paging=Paging(page_size, 4, 131072, 0),
     )  # fmt: skip
     plan = plan_decode(problem, H100)
-    assert plan.spec.layout == "paged" and not plan.spec.stages and " paged" in str(plan.spec)
-    assert plan_decode(dataclasses.replace(problem, paging=None), H100).spec.stages
+    assert plan.spec.layout == "paged" and " paged" in str(plan.spec)
+    assert (plan.spec.stages > 0) is (plan.shares > 0) is has_ring and plan.bounds is None

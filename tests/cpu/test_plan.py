@@ -54,8 +54,8 @@ PROBLEMS = st.builds(
     soft_cap=st.booleans(),
     window=st.one_of(st.just(-1), st.integers(1, 5000)),
     ragged=st.booleans(),
-    paging=st.sampled_from([None, Paging(16, 100, 1 << 20, 0)]),
-)
+    paging=st.sampled_from([None, Paging(16, 100, 1 << 20, 0), Paging(24, 100, 1 << 20, 0)]),
+).map(lambda problem: dataclasses.replace(problem, ragged=problem.ragged or problem.paging is not None))
 ANY_DEVICE = st.sampled_from(list(DEVICES.values()))
 ON_ANY_DEVICE = pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
 
@@ -108,10 +108,12 @@ def test_every_plan(problem, device):
     spec = plan.spec
     pieces, left_over = divmod(plan.grid, plan.splits)
     assert plan.splits >= 1 and not left_over and plan.grid < 2**31
-    requests = plan.bounds.entries if plan.bounds else problem.batch
+    requests = plan.bounds.entries if plan.bounds else plan.shares or problem.batch
     # A CTA has one cache head of a request, or several whole ones.
     assert pieces and requests * problem.num_kv_heads * plan.column_blocks % pieces == 0
     assert (plan.spec.schedule == "listed") is (plan.bounds is not None) <= problem.ragged
+    assert (plan.spec.schedule == "even") is (plan.shares > 0) <= problem.ragged
+    assert plan.by_lengths is (plan.spec.schedule != "uniform")
 
     # Every query head of a group has a column, and no CTA is without one.
     columns = 8 * spec.column_tiles
@@ -144,8 +146,19 @@ def test_every_plan(problem, device):
     if plan.bounds:
         assert plan.splits == 1 and plan.bounds.batch == problem.batch > 1
         parts = plan.bounds.slots * problem.num_qo_heads
+    if plan.shares > 1:
+        assert plan.splits == plan.column_blocks == 1 and plan.spec.stages
+        parts = 2 * plan.shares * problem.num_qo_heads
+        tags = 8 * 2 * plan.shares * (problem.num_kv_heads // spec.heads)
+        assert plan.workspace_tags in (0, tags) and plan.workspace_tags % 16 == 0
+        # A thread of the last CTA does not read many parts one after the other.
+        tasks = spec.heads * problem.group_size * problem.head_dim // 4
+        assert not plan.workspace_tags or plan.shares / max(1, 32 * spec.warps // tasks) <= 24
+        assert plan.workspace_tags or plan.most_merges(problem.batch) == plan.shares - 1
+    else:
+        assert plan.workspace_tags == 0
     assert plan.workspace_out == parts * problem.head_dim * 4 and plan.workspace_state == parts * 8
-    assert plan.workspace == plan.workspace_out + plan.workspace_state + plan.workspace_list
+    assert plan.workspace == plan.workspace_out + plan.workspace_state + plan.workspace_list + plan.workspace_tags
     assert plan.workspace_out % 16 == 0
 
     assert plan.reason and plan_decode(problem, device) == plan
@@ -203,10 +216,11 @@ def test_the_window_bounds_what_is_planned_for():
 @pytest.mark.parametrize(
     ("changes", "takes_ring"),
     [
-        ({}, True), ({"ragged": True}, False), ({"k_strides": (8192 * 1024, -1024, 128)}, False),
-        ({"v_strides": (0, 1024, 128)}, False), ({"kv_len": 1024}, True), ({"kv_len": 1023}, False),
+        ({}, True), ({"k_strides": (8192 * 1024, -1024, 128)}, False),
+        ({"v_strides": (0, 1024, 128)}, False), ({"kv_len": 1024}, True), ({"kv_len": 1023}, True),
+        ({"kv_len": 99}, False), ({"kv_len": 400, "batch": 400}, False),
         ({"batch": 17}, True), ({"head_dim": 256}, True), ({"num_qo_heads": 128}, True), ({"batch": 90}, False),
-        ({"num_qo_heads": 512}, False), ({"window": 2000}, True), ({"window": 1000}, False),
+        ({"num_qo_heads": 512}, False), ({"window": 2000}, True), ({"window": 1000}, True),
         ({"batch": 130, "kv_len": 1024}, True), ({"batch": 130, "kv_len": 1023}, False), ({"k_format": "bf16"}, True),
         ({"k_format": "bf16", "head_dim": 256}, False),
     ],
@@ -240,7 +254,7 @@ def test_heads_splits_and_bytes_of_a_ring(batch, num_kv_heads, kv_len, heads, sp
 @pytest.mark.parametrize(
     ("changes", "early"),
     [
-        ({"kv_len": 512}, False), ({"kv_len": 512, "batch": 600}, True), ({"kv_len": 512, "batch": 1}, True),
+        ({"kv_len": 90}, False), ({"kv_len": 512, "batch": 600}, True), ({"kv_len": 512, "batch": 1}, True),
         ({"kv_len": 8192}, True), ({"kv_len": 8192, "k_strides": (0, 1024, 128)}, False),
     ],
 )  # fmt: skip
@@ -307,9 +321,12 @@ def test_plans_print_themselves():
 def test_explain_knows_that_requests_with_lengths_of_their_own_are_planned_otherwise():
     q, cache = np.zeros((4, 32, 128), np.float16), np.zeros((4, 8192, 32, 128), np.uint8)
     padded = cupy_fp8kv.explain(q, cache, cache, device=H100)
-    ragged = cupy_fp8kv.explain(q, cache, cache, device=H100, kv_lens=np.full(4, 5, np.int32))
     assert padded.plan.spec.stages and "rings on 128 of 132 places" in str(padded)
-    assert not ragged.plan.spec.stages and ragged.problem.ragged
+    last = "merged by the last CTA of a request"
+    for device, splits, merge in (("H100", "by equal shares", last), ("A100", "by a work list", "then merge")):
+        ragged = cupy_fp8kv.explain(q, cache, cache, device=DEVICES[device], kv_lens=np.full(4, 5, np.int32))
+        assert ragged.problem.ragged and ragged.plan.by_lengths
+        assert f"splits   {splits} " in str(ragged) and merge in str(ragged)
 
 
 def test_explain_says_numpy_where_numpy_runs():

@@ -15,6 +15,8 @@ from cupy_fp8kv.jit.spec import ScheduleSpec
 from cupy_fp8kv.plan import MAX_WORKSPACE, least_turns, plan_decode, split_rows
 from cupy_fp8kv.schedule import MOST_PARTS, ListBounds, ListEntry, SplitRequest, read_list, visible_rows, work_list
 
+#: No copy engine: no rings, so that long requests get lists.
+BEFORE_HOPPER = dataclasses.replace(H100, arch=89)
 LENS = st.one_of(
     st.lists(st.integers(0, 3000), min_size=1, max_size=80),
     st.lists(st.sampled_from([0, 1, 16, 17, 100_000]), min_size=1, max_size=40),
@@ -126,22 +128,27 @@ def ragged(batch, kv_len, num_kv_heads=8, group=4, **options):
 
 
 @pytest.mark.parametrize(
-    ("problem", "is_listed"),
+    ("problem", "on_hopper", "before"),
     [
-        (ragged(64, 16_384), True), (ragged(64, 131_072), True), (ragged(2, 131_072), True),
-        (ragged(1, 131_072), False), (ragged(64, 512), False), (ragged(64, 16_384, window_left=300), False),
-        (ragged(65_536, 2048), True), (ragged(5_000_000, 2048), False),
-        (dataclasses.replace(ragged(64, 16_384), ragged=False), False),
+        (ragged(64, 16_384), "even", "listed"), (ragged(64, 131_072), "even", "listed"),
+        (ragged(2, 131_072), "even", "listed"), (ragged(1, 131_072), "uniform", "uniform"),
+        (ragged(64, 512), "even", "uniform"), (ragged(64, 16_384, window_left=300), "even", "uniform"),
+        (ragged(2, 512), "uniform", "uniform"), (ragged(65_536, 2048), "even", "listed"),
+        (ragged(5_000_000, 2048), "even", "uniform"), (ragged(64, 16_384, group=33), "listed", "listed"),
+        (dataclasses.replace(ragged(64, 16_384), k_strides=(0, 1024, 128)), "listed", "listed"),
+        (dataclasses.replace(ragged(64, 16_384), ragged=False), "uniform", "uniform"),
     ],
 )  # fmt: skip
-def test_where_a_list_is_made(problem, is_listed):
-    plan = plan_decode(problem, H100)
-    assert (plan.bounds is not None) is is_listed is (plan.spec.schedule == "listed")
-    assert plan.workspace <= MAX_WORKSPACE
+def test_where_lengths_decide(problem, on_hopper, before):
+    for device, schedule in ((H100, on_hopper), (BEFORE_HOPPER, before)):
+        plan = plan_decode(problem, device)
+        assert plan.spec.schedule == schedule
+        assert (plan.bounds is not None) is (schedule == "listed") and (plan.shares > 0) is (schedule == "even")
+        assert plan.workspace <= MAX_WORKSPACE
 
 
 def test_a_listed_plan_is_known_from_the_shapes_alone():
-    plan = plan_decode(ragged(64, 16_384), H100)
+    plan = plan_decode(ragged(64, 16_384), BEFORE_HOPPER)
     assert plan.grid == 8 * plan.bounds.entries == 8 * (64 + 82) and plan.spec.ctas_per_sm == 4
     assert plan.workspace_out == plan.bounds.slots * 32 * 128 * 4 and plan.workspace_list == plan.bounds.nbytes
     assert "lengths on the device decide" in plan.reason
@@ -149,7 +156,7 @@ def test_a_listed_plan_is_known_from_the_shapes_alone():
 
 @pytest.mark.parametrize(("num_kv_heads", "ctas_per_sm"), [(1, 1), (2, 2), (4, 4), (32, 4)])
 def test_few_parts_of_one_request_come_from_large_ctas(num_kv_heads, ctas_per_sm):
-    plan = plan_decode(ragged(16, 65_536, num_kv_heads), H100)
+    plan = plan_decode(ragged(16, 65_536, num_kv_heads), BEFORE_HOPPER)
     assert plan.spec.ctas_per_sm == ctas_per_sm and 1 <= plan.bounds.parts <= MOST_PARTS
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import toolchain
 
-PARTS = ("", "_ring", "_schedule", "_options", "_paged", "_cache", "_bugs", "_ptx")
+PARTS = ("", "_ring", "_schedule", "_even", "_options", "_paged", "_cache", "_bugs", "_ptx")
 FILES = tuple(f"test_emulator{part}.py" for part in PARTS)
 
 

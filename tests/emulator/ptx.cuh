@@ -35,6 +35,19 @@ DEVICE uint2 load_8(const void* src, CALL_SITE) {
     return v;
 }
 
+DEVICE float2 load_fresh_8(const float* src, CALL_SITE) {
+    emulator::check_read(src, 8, at);
+    return {src[0], src[1]};
+}
+DEVICE float4 load_fresh_16(const float* src, CALL_SITE) {
+    emulator::check_read(src, 16, at);
+    return {src[0], src[1], src[2], src[3]};
+}
+// Stronger than the instructions, so that no fence is needed, which ThreadSanitizer does not know.
+DEVICE void store_tag(u64* address, u64 tag) { __atomic_store_n(address, tag, __ATOMIC_SEQ_CST); }
+DEVICE u64 load_tag(const u64* address) { return __atomic_load_n(address, __ATOMIC_SEQ_CST); }
+DEVICE void fence_device() {}
+
 // ---------------------------------------------------------------------------------------------- shared memory
 template <int BYTES>
 DEVICE void load_shared(u32* dst, const u8* src, CALL_SITE) {

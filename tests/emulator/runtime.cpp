@@ -117,7 +117,7 @@ struct CountingBarrier : Point {
     int arrivals = 0;
     int pending = 0;
     long long bytes = 0;
-    Copy copies[8];
+    Copy copies[32];
     int copy_count = 0;
 };
 

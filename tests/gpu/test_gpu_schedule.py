@@ -1,4 +1,7 @@
-"""Work lists made on the device, and plans that are scheduled once for many runs: against definition and oracle."""
+"""Work lists made on the device, and plans that are scheduled once for many runs: against definition and oracle.
+
+What does not say otherwise is run with a list and, where there is a copy engine, in equal shares.
+"""
 
 import dataclasses
 import time
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 from cases import Case, build
 from gpu_support import assert_same_bits, cp, device, spin, to_cupy, to_host, warm_spin
-from listed import HUGE_AND_SMALL, NAMED, listed_cases, lists_everywhere, random_lens
+from listed import HUGE_AND_SMALL, NAMED, listed_cases, lists_everywhere, random_lens, without_even_shares
 from plans import plan_of, run_plan
 from test_gpu_decode import run
 
@@ -22,7 +25,7 @@ from cupy_fp8kv.schedule import read_list, visible_rows, work_list
 
 pytestmark = pytest.mark.gpu
 
-#: Long enough for a list by itself, on any device.
+#: Long enough for a list or for equal shares by itself, on any device.
 LONG = Case(group=4, num_kv_heads=2, batch=12, kv_len=8192, kv_lens="device", seed=3)
 LENS = (
     (8192, 16, 300, 0, 4000, 1, 17, 900, 6000, 64, 65, 2500), (8192,) * 12, (0,) * 12, (0,) * 11 + (1,),
@@ -34,6 +37,18 @@ LENS = (
 def lists(monkeypatch):
     with lists_everywhere(monkeypatch):
         yield
+
+
+@pytest.fixture(params=["listed", "even"])
+def schedule(request, monkeypatch):
+    """How LONG is run."""
+    if request.param == "listed":
+        with without_even_shares(monkeypatch):
+            yield "listed"
+    elif device().arch >= 90:
+        yield "even"
+    else:
+        pytest.skip(f"sm_{device().arch} has no copy engine")
 
 
 def made_list(lens, most, window_left=-1, num_kv_heads=8):
@@ -100,14 +115,14 @@ def test_random_lengths(lists, seed):
     run(case)
 
 
-def test_as_planned():
+def test_as_planned(schedule):
     plan = LONG.plan(device())
-    assert plan.bounds and plan.workspace <= MAX_WORKSPACE
+    assert plan.spec.schedule == schedule and plan.by_lengths and plan.workspace <= MAX_WORKSPACE
     for lens in LENS[:2]:
         run(dataclasses.replace(LONG, lens=lens))
 
 
-def test_a_hundred_runs_give_the_same_bits():
+def test_a_hundred_runs_give_the_same_bits(schedule):
     moved = build(dataclasses.replace(LONG, lens=LENS[0])).to(to_cupy)
     want = moved.call()
     for _ in range(100):
@@ -115,8 +130,13 @@ def test_a_hundred_runs_give_the_same_bits():
             assert bool((a.view(np.uint8) == b.view(np.uint8)).all())
 
 
-def test_a_request_does_not_see_its_neighbours():
-    """The batch in another order: the same bits, in that order."""
+def test_a_request_does_not_see_its_neighbours(monkeypatch):
+    """The batch in another order: with a list the same bits, in that order. Equal shares are cut elsewhere then."""
+    with without_even_shares(monkeypatch):
+        check_neighbours()
+
+
+def check_neighbours():
     moved = build(dataclasses.replace(LONG, lens=LENS[0])).to(to_cupy)
     out, lse = moved.call()
     order = cp.asarray(np.random.default_rng(0).permutation(LONG.batch))
@@ -129,7 +149,7 @@ def test_a_request_does_not_see_its_neighbours():
     assert_same_bits(got_lse, lse[order], "lse")
 
 
-def test_calls_that_follow_each_other_closely():
+def test_calls_that_follow_each_other_closely(schedule):
     """Lists and partial results of neighbouring calls, which start early, do not get mixed up."""
     arrays = [build(dataclasses.replace(LONG, lens=lens, seed=i)).to(to_cupy) for i, lens in enumerate(LENS)]
     wanted = [one.call() for one in arrays]
@@ -141,7 +161,7 @@ def test_calls_that_follow_each_other_closely():
                 assert bool((a.view(np.uint8) == b.view(np.uint8)).all())
 
 
-def test_without_programmatic_launches_the_same(monkeypatch):
+def test_without_programmatic_launches_the_same(schedule, monkeypatch):
     from cupy_fp8kv import dispatch
     from cupy_fp8kv.jit import launch
 
@@ -169,7 +189,7 @@ def check_lengths(arrays, lens, out, lse):
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["call", "plan"])
-def test_one_graph_serves_all_lengths(planned):
+def test_one_graph_serves_all_lengths(schedule, planned):
     layers = [full(LONG, seed) for seed in range(2 if planned else 1)]
     moved = [arrays.to(to_cupy) for arrays in layers]
     lens = cp.full(LONG.batch, 5, np.int32)
@@ -206,7 +226,7 @@ def test_one_graph_serves_all_lengths(planned):
     assert len(compiler._kernels) == kernels, "other lengths compiled something"
 
 
-def test_a_graph_without_a_schedule_uses_what_the_plan_has():
+def test_a_graph_without_a_schedule_uses_what_the_plan_has(schedule):
     arrays = full(LONG, 1)
     moved = arrays.to(to_cupy)
     plan = plan_of(moved, ragged=True)
@@ -228,7 +248,7 @@ def test_a_graph_without_a_schedule_uses_what_the_plan_has():
             check_lengths(arrays, lengths, out, lse)
 
 
-def test_a_graph_of_torch_serves_all_lengths():
+def test_a_graph_of_torch_serves_all_lengths(schedule):
     torch = pytest.importorskip("torch")
     arrays = full(LONG, 2)
     moved = arrays.to(lambda values: torch.from_numpy(np.ascontiguousarray(values)).cuda())
@@ -254,8 +274,8 @@ def test_a_graph_of_torch_serves_all_lengths():
 # Plans
 
 
-@pytest.mark.parametrize("case", [LONG, dataclasses.replace(LONG, batch=1, window_left=999)], ids=["listed", "uniform"])
-def test_lengths_are_taken_in_by_schedule_alone(case):
+@pytest.mark.parametrize("case", [LONG, dataclasses.replace(LONG, batch=1, window_left=999)], ids=["long", "uniform"])
+def test_lengths_are_taken_in_by_schedule_alone(schedule, case):
     arrays = full(case, 4)
     moved = arrays.to(to_cupy)
     plan = plan_of(moved, ragged=True)
@@ -270,7 +290,7 @@ def test_lengths_are_taken_in_by_schedule_alone(case):
 
 
 @pytest.mark.parametrize("name", ["torch", "jax"])
-def test_plans_of_other_libraries(name):
+def test_plans_of_other_libraries(schedule, name):
     arrays = build(dataclasses.replace(LONG, lens=LENS[0]))
     want = arrays.to(to_cupy).call()
     if name == "torch":
@@ -289,7 +309,7 @@ def test_plans_of_other_libraries(name):
         assert_same_bits(got[1], want[1], "lse")
 
 
-def test_a_plan_never_waits_for_the_device():
+def test_a_plan_never_waits_for_the_device(schedule):
     warm_spin()
     arrays = build(dataclasses.replace(LONG, lens=LENS[0]))
     moved = arrays.to(to_cupy)
@@ -308,7 +328,7 @@ def test_a_plan_never_waits_for_the_device():
     arrays.check(*(to_host(array) for array in result))
 
 
-def test_schedule_and_run_on_the_callers_stream():
+def test_schedule_and_run_on_the_callers_stream(schedule):
     warm_spin()
     arrays = full(LONG, 5)
     moved = arrays.to(to_cupy)
@@ -326,7 +346,7 @@ def test_schedule_and_run_on_the_callers_stream():
     check_lengths(arrays, LENS[0], out, lse)
 
 
-def test_a_plan_for_shapes_runs_without_compiling():
+def test_a_plan_for_shapes_runs_without_compiling(schedule):
     plan = cupy_fp8kv.DecodePlan.for_shapes(12, 8192, 8, 2, 128, ragged=True)
     kernels = len(compiler._kernels)
     moved = build(dataclasses.replace(LONG, lens=LENS[0])).to(to_cupy)
@@ -335,7 +355,7 @@ def test_a_plan_for_shapes_runs_without_compiling():
     assert len(compiler._kernels) == kernels
     assert_same_bits(out, cupy_fp8kv.batch_decode_with_padded_kv_cache(
         moved.q.view, moved.k.view, moved.v.view, kv_lens=moved.kv_lens))  # fmt: skip
-    assert "by a work list" in str(plan)
+    assert {"listed": "by a work list", "even": "by equal shares"}[schedule] in str(plan)
 
 
 def test_memory_does_not_grow():
@@ -351,14 +371,16 @@ def test_memory_does_not_grow():
     assert pool.used_bytes() == before
 
 
-def test_warmup_of_ragged_calls():
+def test_warmup_of_ragged_calls(schedule):
     compiled = cupy_fp8kv.warmup(head_dim=128, group_size=4, ragged=True)
     known = {str(spec) for spec, _ in compiler._kernels}
     moved = build(dataclasses.replace(LONG, lens=LENS[0])).to(to_cupy)
     moved.call()
     new = {str(spec) for spec, _ in compiler._kernels} - known
     # A CTA of another size is the same module.
-    assert all(name.startswith("schedule") for name in new) and any("listed" in name for name in compiled)
+    assert all(name.startswith("schedule") for name in new)
+    kinds = {kind for kind in ("listed", "even") if any(f" {kind}" in name for name in compiled)}
+    assert kinds == {"listed", "even"} if device().arch >= 90 else {"listed"}
 
 
 def test_rows_of_a_window_alone_count(lists):

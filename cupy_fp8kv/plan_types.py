@@ -1,0 +1,111 @@
+"""What a planner knows of a device, and what it decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .jit.spec import DecodeSpec
+from .problem import DecodeProblem
+from .schedule import ListBounds
+
+#: Bytes of partial results that no plan exceeds.
+MAX_WORKSPACE = 16 << 20
+#: Partial results that a thread of the last CTA of a request reads, eight at a time, before another kernel is faster.
+MOST_PARTS_OF_A_THREAD = 24
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What the planner knows of a device."""
+
+    name: str
+    arch: int  # 90 for sm_90
+    sm_count: int
+    shared_per_block: int  # bytes, with opt-in
+
+    def __post_init__(self) -> None:
+        if self.arch < 80:
+            raise RuntimeError(f"{self.name} is sm_{self.arch}; cupy_fp8kv needs sm_80 or later")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a problem is run: ``spec`` on ``grid`` CTAs, ``splits`` of them sharing the rows of a request."""
+
+    spec: DecodeSpec
+    splits: int
+    column_blocks: int
+    grid: int
+    workspace_out: int  # bytes of partial results, 0 without splits
+    workspace_state: int
+    early: bool  # whether CTAs may be placed while the kernel before this call still runs
+    reason: str
+    bounds: ListBounds | None = None  # of the work list, if one says who does what
+    shares: int = 0  # equal ones of all rows, if every CTA finds its own
+    workspace_tags: int = 0  # bytes of tags of parts, if the last CTA of a request merges them; 0: another kernel does
+
+    @property
+    def by_lengths(self) -> bool:
+        """Whether lengths on the device decide who does what."""
+        return self.bounds is not None or self.shares > 0
+
+    def most_merges(self, batch: int) -> int:
+        """Requests of ``batch`` that may have partial results for ``merge.cu``."""
+        if self.workspace_tags:
+            return 0
+        if self.shares:
+            return self.shares - 1  # one at a cut
+        return self.bounds.split_requests if self.bounds else batch * (self.splits > 1)
+
+    @property
+    def workspace(self) -> int:
+        return self.workspace_out + self.workspace_state + self.workspace_list + self.workspace_tags
+
+    @property
+    def workspace_list(self) -> int:
+        return self.bounds.nbytes if self.bounds else 0
+
+
+def partial_bytes(problem: DecodeProblem) -> int:
+    """Bytes of a partial result of one request: a row of floats and a state for each query head."""
+    return problem.num_qo_heads * (problem.head_dim * 4 + 8)
+
+
+def finish_plan(
+    problem: DecodeProblem,
+    device: DeviceInfo,
+    spec: DecodeSpec,
+    blocks: int,
+    splits: int,
+    reason: str,
+    bounds: ListBounds | None = None,
+    shares: int = 0,
+) -> Plan:
+    """The plan that these choices make. RuntimeError if the device lacks the shared memory."""
+    if spec.shared_bytes > device.shared_per_block:
+        raise RuntimeError(f"{device.name}: {spec} needs {spec.shared_bytes} bytes of shared memory a CTA")
+    teams = problem.num_kv_heads // spec.heads * blocks
+    parts = problem.batch * splits
+    slots = bounds.slots if bounds else 2 * shares if shares > 1 else parts if splits > 1 else 0
+    heads = problem.num_qo_heads * slots
+    items = (bounds.entries if bounds else shares or parts) * teams
+    tags = -(-8 * slots * teams // 16) * 16 if shares and _merges_inside(problem, spec, shares) else 0
+    # One wave of CTAs that share SMs is placed less evenly then: 1 to 2 % slower on an H100, everything else faster.
+    early = slots > 0 or spec.stages > 0 or items > spec.ctas_per_sm * device.sm_count
+    return Plan(
+        spec=spec, splits=splits, column_blocks=blocks, grid=items,
+        workspace_out=heads * problem.head_dim * 4, workspace_state=heads * 8, early=early, reason=reason,
+        bounds=bounds, shares=shares, workspace_tags=tags,
+    )  # fmt: skip
+
+
+def _merges_inside(problem: DecodeProblem, spec: DecodeSpec, parts: int) -> bool:
+    """Whether the last CTA of a request merges so many parts of it sooner than another kernel would."""
+    heads = spec.heads * min(problem.group_size, 8 * spec.column_tiles)
+    groups = max(1, 32 * spec.warps // (heads * problem.head_dim // 4))  # attention/parts.cuh
+    return parts <= MOST_PARTS_OF_A_THREAD * groups
+
+
+def fill(ctas: int, slots: int) -> float:
+    """The share of the slots of all waves that ``ctas`` CTAs use."""
+    return ctas / (max(1, -(-ctas // slots)) * slots)
