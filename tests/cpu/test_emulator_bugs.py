@@ -204,20 +204,18 @@ BUGS = [
     ),
     Bug(
         "results of columns without a head", (ADDRESS,), "decode.cu",
-        "used_columns = min_of(kColumns, p.group_size - first_column);", "used_columns = kColumns;",
+        "return min_of(kColumns, p.group_size - work.column_block * kColumns);", "return kColumns;",
     ),
     Bug(
         "shared memory past its end", (ADDRESS,), "attention/query.cuh", "* kTerms + i) * 32]", "* kTerms + i) * 33]",
     ),
     Bug(
-        "a static shared array too small", (ADDRESS,), "merge.cu", "kMostParts = kThreads / 4;",
-        "kMostParts = kThreads / 8;", NARROW_SPLIT, "out of bounds for type 'SoftmaxState",
+        "a static shared array too small", (ADDRESS,), "merge.cu", "kMostGroups = kThreads / 4;",
+        "kMostGroups = kThreads / 8;", NARROW_SPLIT, "out of bounds for type 'SoftmaxState",
     ),
     Bug(
-        "a partial result read that nobody uses", (ADDRESS,), "merge.cu",
-        "outs_read[i] = exists ? partial_out[row * quads] : zero;",
-        "outs_read[i] = partial_out[row * quads];\n"
-        "                if (!exists) outs_read[i] = zero;", SPLIT, "use-after-poison",
+        "a partial result read that nobody uses", (ADDRESS,), "attention/parts.cuh",
+        "if (part < parts.count) {", "if (true) {", SPLIT, "use-after-poison",
     ),
     Bug(
         "a scale too many", (ADDRESS,), "quantize.cu", "if (i < p.scale_count)", "if (i <= p.scale_count)",
@@ -337,7 +335,7 @@ BUGS = [
         "if (first_tile || begin) ptx::sync_first<32 * WARPS>();", "", WIDE,
     ),
     Bug(
-        "no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n    if (part", "    if (part",
+        "no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n    if (group", "    if (group",
         SPLIT,
     ),
     Bug(
@@ -346,7 +344,7 @@ BUGS = [
     ),
     Bug("a merge that stops early", (PLAIN,), "merge.cu", "index += gridDim.x", "index += most", many_merges),
     Bug(
-        "one lse from several threads", (THREAD,), "decode.cu", "reports = dim == 0;", "reports = dim < 8;",
+        "one lse from several threads", (THREAD,), "decode.cu", "if (dim == 0 && p.lse)", "if (dim < 8 && p.lse)",
     ),
     Bug("one state from several lanes", (THREAD,), "attention/combine.cuh", "if (lane.group == 0)\n", "if (true)\n"),
     Bug(
