@@ -93,7 +93,7 @@ def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None
         found += [replace(sized, schedule="listed") for sized in found]
     if has_rings(arch, shared_per_block):
         found += [] if problem.paging else ring_specs(spec)
-        found += even_specs(spec) if problem.ragged else []
+        found += even_specs(spec, arch) if problem.ragged else []
     return found
 
 

@@ -68,6 +68,9 @@ _MOST_EVEN_REQUESTS = 8192
 #: the device busy. Measured on an H100: 2 % faster with 32 heads, 2 to 14 % slower with 8.
 _MANY_HEADS = 16
 _EVEN_FILL_GAIN = 0.05
+#: Registers of a thread for fragments, with which 8 warps and the ring's fit the 168 registers that each of them has,
+#: by the architecture from which on it holds. Compiled with NVRTC 12.9: from sm_100 on everything else takes more.
+_EVEN_FRAGMENTS_OF_8_WARPS = {RING_ARCH: _MOST_FRAGMENTS, 100: 80}
 #: Rows of a box: fewer are copied less efficiently, more read more beyond the end of a request. Pages have whole boxes.
 _EVEN_BOX_ROWS = 32
 LEAST_BOX_ROWS = 16
@@ -79,9 +82,9 @@ def ring_specs(spec: DecodeSpec) -> list[DecodeSpec]:
     return [ring for ring in rings if ring]
 
 
-def even_specs(spec: DecodeSpec) -> list[DecodeSpec]:
-    """The same for equal shares."""
-    return [ring for _, ring in _even_rings(spec)]
+def even_specs(spec: DecodeSpec, arch: int) -> list[DecodeSpec]:
+    """The same for equal shares, on a device of ``arch``."""
+    return [ring for _, ring in _even_rings(spec, arch)]
 
 
 def has_rings(arch: int, shared_per_block: int | None) -> bool:
@@ -180,13 +183,18 @@ def box_rows(problem: DecodeProblem, spec: DecodeSpec) -> int:
     return min(problem.paging.page_size & -problem.paging.page_size, spec.turn_rows)
 
 
-def _even_rings(spec: DecodeSpec) -> list[tuple[RingTeam, DecodeSpec]]:
+def _even_rings(spec: DecodeSpec, arch: int) -> list[tuple[RingTeam, DecodeSpec]]:
     """Rings for equal shares, by their teams."""
     if spec.row_bytes > _MOST_RING_ROW_BYTES:
         return []
     teams = WIDE_EVEN_TEAMS if spec.row_bytes > _WIDE_ROW_BYTES else EVEN_TEAMS
+    most = next(most for least, most in reversed(_EVEN_FRAGMENTS_OF_8_WARPS.items()) if arch >= least)
+
+    def fits(ring: DecodeSpec) -> bool:
+        return ring.warps < 8 or ring.fragment_registers[0] <= most
+
     rings = ((team, _ring(spec, team)) for team in teams)
-    return [(team, replace(ring, schedule="even")) for team, ring in rings if ring]
+    return [(team, replace(ring, schedule="even")) for team, ring in rings if ring and fits(ring)]
 
 
 def even_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:
@@ -199,7 +207,7 @@ def even_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, bloc
     # A share may have two partial results, each with a tag for every cache head.
     most_shares = MAX_WORKSPACE // (2 * (partial_bytes(problem) + 8 * problem.num_kv_heads))
     chosen, filled = None, 0.0
-    for team, ring in sorted(_even_rings(spec), key=lambda one: one[0].heads != wanted):
+    for team, ring in sorted(_even_rings(spec, device.arch), key=lambda one: one[0].heads != wanted):
         if problem.num_kv_heads % team.heads or box_rows(problem, ring) < LEAST_BOX_ROWS:
             continue
         teams = problem.num_kv_heads // team.heads

@@ -60,7 +60,7 @@ def even_everywhere(patch: pytest.MonkeyPatch, least_rows: int = 16) -> Iterator
 
 def _has_ring(case: Case) -> bool:
     spec, blocks = plan._tile(case.problem)
-    return blocks == 1 and bool(ring_plans.even_specs(spec))
+    return blocks == 1 and bool(ring_plans.even_specs(spec, 90))
 
 
 @cache
