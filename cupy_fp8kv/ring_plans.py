@@ -70,7 +70,7 @@ _MANY_HEADS = 16
 _EVEN_FILL_GAIN = 0.05
 #: Registers of a thread for fragments, with which 8 warps and the ring's fit the 168 registers that each of them has,
 #: by the architecture from which on it holds. Compiled with NVRTC 12.9: from sm_100 on everything else takes more.
-_EVEN_FRAGMENTS_OF_8_WARPS = {RING_ARCH: _MOST_FRAGMENTS, 100: 80}
+_EVEN_FRAGMENTS_OF_8_WARPS = {RING_ARCH: _MOST_FRAGMENTS, 100: 0}
 #: Rows of a box: fewer are copied less efficiently, more read more beyond the end of a request. Pages have whole boxes.
 _EVEN_BOX_ROWS = 32
 LEAST_BOX_ROWS = 16
@@ -191,7 +191,7 @@ def _even_rings(spec: DecodeSpec, arch: int) -> list[tuple[RingTeam, DecodeSpec]
     most = next(most for least, most in reversed(_EVEN_FRAGMENTS_OF_8_WARPS.items()) if arch >= least)
 
     def fits(ring: DecodeSpec) -> bool:
-        return ring.warps < 8 or ring.fragment_registers[0] <= most
+        return ring.fragment_registers[0] <= most
 
     rings = ((team, _ring(spec, team)) for team in teams)
     return [(team, replace(ring, schedule="even")) for team, ring in rings if ring and fits(ring)]
