@@ -68,9 +68,10 @@ _MOST_EVEN_REQUESTS = 8192
 #: the device busy. Measured on an H100: 2 % faster with 32 heads, 2 to 14 % slower with 8.
 _MANY_HEADS = 16
 _EVEN_FILL_GAIN = 0.05
-#: Registers of a thread for fragments, with which 8 warps and the ring's fit the 168 registers that each of them has,
-#: by the architecture from which on it holds. Compiled with NVRTC 12.9: from sm_100 on everything else takes more.
-_EVEN_FRAGMENTS_OF_8_WARPS = {RING_ARCH: _MOST_FRAGMENTS, 100: 0}
+#: Architectures on which none of these kernels spills, and registers of a thread for fragments with which 8 warps and
+#: the ring's fit the 168 registers that each of them has there. Compiled with NVRTC 12.9: 88 never spill, 100 may.
+EVEN_ARCHS = range(RING_ARCH, 100)
+_EVEN_FRAGMENTS_OF_8_WARPS = 88
 #: Rows of a box: fewer are copied less efficiently, more read more beyond the end of a request. Pages have whole boxes.
 _EVEN_BOX_ROWS = 32
 LEAST_BOX_ROWS = 16
@@ -185,16 +186,15 @@ def box_rows(problem: DecodeProblem, spec: DecodeSpec) -> int:
 
 def _even_rings(spec: DecodeSpec, arch: int) -> list[tuple[RingTeam, DecodeSpec]]:
     """Rings for equal shares, by their teams."""
-    if spec.row_bytes > _MOST_RING_ROW_BYTES:
+    if spec.row_bytes > _MOST_RING_ROW_BYTES or arch not in EVEN_ARCHS:
         return []
     teams = WIDE_EVEN_TEAMS if spec.row_bytes > _WIDE_ROW_BYTES else EVEN_TEAMS
-    most = next(most for least, most in reversed(_EVEN_FRAGMENTS_OF_8_WARPS.items()) if arch >= least)
-
-    def fits(ring: DecodeSpec) -> bool:
-        return ring.fragment_registers[0] <= most
-
     rings = ((team, _ring(spec, team)) for team in teams)
-    return [(team, replace(ring, schedule="even")) for team, ring in rings if ring and fits(ring)]
+    return [
+        (team, replace(ring, schedule="even"))
+        for team, ring in rings
+        if ring and (ring.warps < 8 or ring.fragment_registers[0] <= _EVEN_FRAGMENTS_OF_8_WARPS)
+    ]
 
 
 def even_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:

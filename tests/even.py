@@ -41,7 +41,8 @@ NAMED = {name: case for name, case in LISTED.items() if name != "column_blocks"}
     "one": Case(group=4, num_kv_heads=2, batch=2, kv_len=1500, kv_lens="device", lens=(1333, 0), seed=11),
     "cuts": Case(group=8, num_kv_heads=1, batch=9, kv_len=2000, kv_lens="device",
                  lens=(2000, 0, 128, 127, 129, 1999, 0, 1, 640), given_out=True, seed=12),
-    "wide": Case(group=16, num_kv_heads=2, batch=5, kv_len=900, kv_lens="device", lens=(900, 5, 300, 0, 77), seed=13),
+    "wide": Case(group=16, num_kv_heads=2, head_dim=96, batch=5, kv_len=900, kv_lens="device",
+                 lens=(900, 5, 300, 0, 77), seed=13),
     "long_rows": Case(group=4, num_kv_heads=2, batch=4, kv_len=900, k="f16", v="f16", kv_lens="device",
                       lens=(900, 5, 300, 250), seed=14),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..layouts import LAYOUTS
 from ..problem import MAX_HEAD_DIM, DecodeProblem, Paging
-from ..ring_plans import RING_ARCH
+from ..ring_plans import EVEN_ARCHS
 from ..tuning.options import spec_options
 from .spec import (
     SCHEDULES,
@@ -133,7 +133,7 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
 
 def _others(arch: int) -> list[Spec]:
     merges: list[tuple[str, ...]] = [("uniform",), ("listed",)]
-    if arch >= RING_ARCH:
+    if arch in EVEN_ARCHS:
         merges += [("even", layout) for layout in LAYOUTS]
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
     return [
