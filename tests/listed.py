@@ -24,6 +24,12 @@ _FACTORS = {
 #: Whose CTA shape is as the number of cache heads says: several parts of one request, and merges.
 HUGE_AND_SMALL = Case(group=3, num_kv_heads=2, batch=9, kv_len=2000, kv_lens="device",
                       lens=(3, 0, 64, 2000, 1, 63, 65, 7, 17), view="padded", given_out=True, seed=1)  # fmt: skip
+#: Long enough for a list, or for equal shares, by itself on any device; and lengths for it.
+LONG = Case(group=4, num_kv_heads=2, batch=12, kv_len=8192, kv_lens="device", seed=3)
+LENS = (
+    (8192, 16, 300, 0, 4000, 1, 17, 900, 6000, 64, 65, 2500), (8192,) * 12, (0,) * 12, (0,) * 11 + (1,),
+    (8192,) + (40,) * 11,
+)  # fmt: skip
 NAMED = {
     "huge_and_small": HUGE_AND_SMALL,
     "equal": Case(group=5, num_kv_heads=1, batch=4, kv_len=700, kv_lens="device", lens=(700,) * 4, seed=2),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import Case, build
 from gpu_support import assert_same_bits, cp, device, spin, to_cupy, to_host, warm_spin
-from listed import HUGE_AND_SMALL, NAMED, listed_cases, lists_everywhere, random_lens, without_even_shares
+from listed import HUGE_AND_SMALL, LENS, LONG, NAMED, listed_cases, lists_everywhere, random_lens, without_even_shares
 from plans import plan_of, run_plan
 from test_gpu_decode import run
 
@@ -24,13 +24,6 @@ from cupy_fp8kv.plan import MAX_WORKSPACE, least_turns, plan_decode
 from cupy_fp8kv.schedule import read_list, visible_rows, work_list
 
 pytestmark = pytest.mark.gpu
-
-#: Long enough for a list or for equal shares by itself, on any device.
-LONG = Case(group=4, num_kv_heads=2, batch=12, kv_len=8192, kv_lens="device", seed=3)
-LENS = (
-    (8192, 16, 300, 0, 4000, 1, 17, 900, 6000, 64, 65, 2500), (8192,) * 12, (0,) * 12, (0,) * 11 + (1,),
-    (8192,) + (40,) * 11,
-)  # fmt: skip
 
 
 @pytest.fixture
