@@ -90,10 +90,12 @@ def _by_schedule(problem: DecodeProblem, arch: int) -> dict[str, list[DecodeSpec
 
 
 def _pairwise_decode(arch: int) -> list[DecodeSpec]:
+    ordinary = _by_schedule(_problem("f16", "e4m3", "e4m3", 128, 1), arch)
     factors: dict[str, Sequence[Any]] = {
         "head_dim": _HEAD_DIMS, "k": tuple(KV_FORMATS), "v": tuple(KV_FORMATS),
-        "cta_shape": range(len(_by_schedule(_problem("f16", "e4m3", "e4m3", 128, 1), arch)["uniform"])),
-        "schedule": tuple(SCHEDULES),
+        "cta_shape": range(len(ordinary["uniform"])),
+        # A schedule that there is none of would stand for others, and crowd out what they meet.
+        "schedule": tuple(name for name, some in ordinary.items() if some),
         "q": _Q_FORMATS, "column_tiles": tuple(_GROUPS), "soft_cap": (False, True),
         "software_fp8": (False, True), "layout": tuple(LAYOUTS),
     }  # fmt: skip
@@ -104,9 +106,9 @@ def _pairwise_decode(arch: int) -> list[DecodeSpec]:
         problem = _problem(
             row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"], row["layout"]
         )  # fmt: skip
-        shapes = _by_schedule(problem, arch)[row["schedule"]]
-        if not shapes:  # work lists are of padded caches, equal shares of devices with rings and rows not too long
-            shapes = _by_schedule(problem, arch)["uniform"]
+        by_schedule = _by_schedule(problem, arch)
+        # Work lists are of padded caches, equal shares of rows that are not too long.
+        shapes = by_schedule[row["schedule"]] or by_schedule["uniform"]
         found.append(replace(shapes[row["cta_shape"] % len(shapes)], software_fp8=row["software_fp8"] and hardware))
     return found
 
