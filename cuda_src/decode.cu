@@ -1,4 +1,5 @@
-// Attention of one query token per request over a cache: softmax(q K^T) V for the query heads of a cache head together.
+// Attention of query tokens over a cache: softmax(q K^T) V for the query heads of a cache head together, of all tokens
+// that see the same rows.
 //
 // A warp takes 16 * kSubtiles rows of one cache head at a time. S^T = K Q^T has the rows of K as its rows and the query
 // heads as its columns; the weights are transposed in registers and O^T += V^T P^T keeps the columns where they are.
@@ -9,15 +10,18 @@
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
 // Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kHeads, kHasRing,
-// kCtasPerSm, kAhead, kSoftCap and kSharedBytes. kAhead is how early the next tile is asked for, as far as registers
-// allow: 2, its K before this tile's products with Q and its V after those with the weights; 1, its K after the
-// products with Q; 0, K and V take turns in the registers, as they always do with a ring.
+// kCtasPerSm, kAhead, kSoftCap, kManyQueries and kSharedBytes. kAhead is how early the next tile is asked for, as far as
+// registers allow: 2, its K before this tile's products with Q and its V after those with the weights; 1, its K after
+// the products with Q; 0, K and V take turns in the registers, as they always do with a ring.
 #include "attention/columns.cuh"
 #include "attention/combine.cuh"
 #include "attention/parts.cuh"
 #include "attention/query.cuh"
+#include "attention/query_rows.cuh"
 #include "attention/ring.cuh"
+#include "attention/tags.cuh"
 #include "attention/tile.cuh"
+#include "attention/work_queue.cuh"
 #include "mask.cuh"
 #include "params.cuh"
 
@@ -26,7 +30,7 @@ using Keys = KTile<KFormat, kHeadDim, kSubtiles>;
 using Values = VTile<VFormat, kHeadDim, kSubtiles>;
 using WarpColumns = Columns<kColumnTiles, Values::kTiles, kSubtiles>;
 using WarpCombine = Combine<kHeadDim, kColumnTiles, kWarps, kHeads, kCtasPerSm>;
-using WarpMerge = PartMerge<kHeadDim, 32 * kWarps>;
+using RowsOfQ = QueryRows<kManyQueries>;
 
 constexpr int kTileRows = 16 * kSubtiles;
 constexpr int kColumns = 8 * kColumnTiles;
@@ -38,17 +42,21 @@ using VBox = RingBox<kHeadDim * VFormat::kBytes, kTurnRows, kHeads>;
 using KVRing = Ring<KBox, VBox, kWarps>;
 // With little else to wait for, the chain of products is what a tile takes long for.
 constexpr int kChains = kHasRing && kSubtiles * kColumnTiles == 1 ? 2 : 1;
-static_assert(kSharedBytes == WarpCombine::kSharedBytes + Queries::kSharedBytes,
+using Queue = WorkQueue<kWarps>;
+constexpr int kQueueBytes = Schedule::kManyWorks ? Queue::kSharedBytes : 0;
+static_assert(kSharedBytes == WarpCombine::kSharedBytes + Queries::kSharedBytes + kQueueBytes,
               "spec.py and the kernel disagree");
-static_assert(WarpMerge::kSharedBytes <= WarpCombine::kSharedBytes - WarpCombine::kStateBytes, "merging needs more");
+static_assert(sizeof(MergeShared<32 * kWarps>) <= WarpCombine::kSharedBytes - WarpCombine::kStateBytes,
+              "merging needs more");
 static_assert(!kHasRing || kAhead == 0, "a ring is ahead by itself");
 static_assert(!kHasRing || !Schedule::kHasSurplus || Schedule::kManyWorks,
               "the warp that feeds a ring would wait for warps that have left");
+static_assert(kHasRing || !Schedule::kManyWorks, "who feeds the ring says what there is to do");
 // Where lengths decide on the shares of rings, many small boxes make a turn, so that little is read beyond the end of a
 // request, and none crosses from page to page. Lanes of the warp that feeds take one each.
-constexpr int kFeeders = Schedule::kManyWorks ? 32 : 1;
+constexpr int kFeeders = Schedule::kHasShares ? 32 : 1;
 // Turns then begin with a box, which may be before the first row that the query sees.
-constexpr bool kFromBefore = Schedule::kManyWorks && Layout::kLooksUp;
+constexpr bool kFromBefore = Schedule::kHasShares && Layout::kLooksUp;
 
 // tanh(y) to some 2^-20 of itself: 1 - 2 / (1 + exp(2y)), which is exact at both ends but cancels near 0, where its
 // series is used (DLMF 4.33.3).
@@ -59,9 +67,10 @@ DEVICE float tanh_of(float y) {
     return square < 0.04f ? series : rational;
 }
 
-// Scores of a tile to logits in the base of exp2, masked.
+// Scores of a tile to logits in the base of exp2, masked. `head_of(column)`: the query head.
+template <class HeadOf>
 DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries& queries, const DecodeParams& p,
-                      float scale, int first_row, int first_head, int kv_len, const RowRange& range, const Lane& lane) {
+                      float scale, int first_row, HeadOf head_of, int kv_len, const RowRange& range, const Lane& lane) {
 #pragma unroll
     for (int r = 0; r < kSubtiles; r++)
 #pragma unroll
@@ -69,7 +78,7 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int row = first_row + 16 * r + 8 * (i / 2) + lane.group;
-                const int head = first_head + 8 * n + 2 * lane.thread + i % 2;
+                const int head = head_of(8 * n + 2 * lane.thread + i % 2);
                 float x = scores[r][n][i] * queries.logit_scale(scale, n, i % 2, lane);
                 if constexpr (kSoftCap) x = (p.soft_cap * kLog2E) * tanh_of(x / p.soft_cap);
                 scores[r][n][i] = Position::logit(x, head, kv_len - 1 - row);
@@ -84,6 +93,12 @@ DEVICE void to_logits(float (&scores)[kSubtiles][kColumnTiles][4], const Queries
                 for (int n = 0; n < kColumnTiles; n++) scores[r][n][i] = negative_infinity();
 }
 
+// Rows from one turn of a CTA to its next one, and where the first begins. A CTA that stays shares turns with no other.
+DEVICE int step_of(const Work& work) { return (Schedule::kManyWorks ? 1 : work.splits) * kTurnRows; }
+DEVICE int first_turn_of(const Work& work) {
+    return work.first_row + (Schedule::kManyWorks ? 0 : work.split * kTurnRows);
+}
+
 // How the ring goes round, from work to work.
 struct Filling {
     KVRing::Turn turn;
@@ -93,11 +108,11 @@ struct Filling {
 // Keeps the ring full: what the first kFeeders lanes of a warp of its own do.
 DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring, Filling& filling, const Lane& lane) {
     const RowRange range = work.rows;
-    const int step = work.splits * kTurnRows, head = work.head_team * kHeads;
+    const int step = step_of(work), head = work.head_team * kHeads;
     const int before = kFeeders == 1 ? 0 : lane.index() << p.box_shift;  // rows of a turn before this lane's box
     const auto whole_boxes = [&](int rows) { return (rows + (1 << p.box_shift) - 1) >> p.box_shift << p.box_shift; };
     typename Layout::BoxPlaces places(p, work.request);
-    int row = work.first_row + work.split * kTurnRows;
+    int row = first_turn_of(work);
     if (row < range.end) places.ask(row + before, range);
     for (; row < range.end; row += step) {
         const int rows = kFeeders == 1 ? kTurnRows : min_of(kTurnRows, whole_boxes(range.end - row));
@@ -116,39 +131,70 @@ DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring, Fi
     }
 }
 
-// The query head of the first column of one of the CTA's cache heads.
-DEVICE int first_head_of(const DecodeParams& p, const Work& work, int head) {
-    return (work.head_team * kHeads + head) * p.group_size + work.column_block * kColumns;
-}
+// The columns of a work: whose queries they are, and where their results go.
+struct WorkColumns {
+    const DecodeParams& p;
+    RowsOfQ rows_of_q;
+    int head_team;
+    int first;
+    int of_head;  // of a cache head in all
 
-DEVICE int used_columns_of(const DecodeParams& p, const Work& work) {
-    return min_of(kColumns, p.group_size - work.column_block * kColumns);
-}
+    static DEVICE WorkColumns of(const DecodeParams& p, const Work& work) {
+        const auto rows_of_q = RowsOfQ::of(p, work.request);
+        return {p, rows_of_q, work.head_team, work.column_block * kColumns, rows_of_q.columns(p)};
+    }
 
-DEVICE Queries::Asked ask_for_q(const DecodeParams& p, const Work& work, const Lane& lane) {
-    const u8* q = p.q + work.request * p.q_stride_request;
-    const int used = used_columns_of(p, work);
-    // Columns without a head of their own repeat the last one; nothing reads their results.
-    return Queries::ask(
-        [&](int head, int column) {
-            return q + (first_head_of(p, work, head) + min_of(column, used - 1)) * p.q_stride_head;
-        },
-        lane);
-}
+    DEVICE int used() const { return max_of(0, min_of(kColumns, of_head - first)); }
+    DEVICE QueryPlace place(int head_in_team, int column) const {
+        return rows_of_q.place(p, head_team * kHeads + head_in_team, first + column);
+    }
+    // Among the columns of all cache heads.
+    DEVICE int in_all(int head_in_team, int column) const {
+        return (head_team * kHeads + head_in_team) * p.columns + first + column;
+    }
 
-// From one work of a CTA to the next, by its first kWarps warps.
-struct Attending {
-    Queries::Asked asked;  // q of the work that comes, on its way
-    KVRing::Turn turn;
-    bool is_first = true;
+    DEVICE Queries::Asked ask(const Lane& lane) const {
+        return Queries::ask(
+            [&](int head_in_team, int column) {
+                // Columns without a query of their own repeat the last one; nothing reads their results.
+                const QueryPlace from = place(head_in_team, min_of(column, of_head - 1 - first));
+                return p.q + from.from(p.q_stride_request, p.q_stride_head);
+            },
+            lane);
+    }
+
+    // Brings the queries into the L2 cache.
+    DEVICE void fetch_ahead(const Lane& lane) const {
+        for (int i = lane.index(); i < kHeads * used(); i += 32) {
+            const u8* row = p.q + place(i / used(), i % used()).from(p.q_stride_request, p.q_stride_head);
+            for (int byte = 0; byte < kHeadDim * QFormat::kBytes; byte += 128) ptx::prefetch(row + byte);
+        }
+    }
+
+    DEVICE void put(int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum,
+                    float factor) const {
+        const QueryPlace to = place(head_in_team, column);
+        u8* out = p.out + to.from(p.out_stride_request, p.out_stride_head);
+        *reinterpret_cast<uint2*>(out + dim * QFormat::kBytes) =
+            make_uint2(QFormat::Operand::pack(sum.x * factor, sum.y * factor),
+                       QFormat::Operand::pack(sum.z * factor, sum.w * factor));
+        if (dim == 0 && p.lse) p.lse[to.from(p.num_kv_heads * p.group_size.value, 1)] = state.log2_sum() * p.lse_unit;
+    }
+
+    DEVICE void put_part(int part, int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum,
+                         float factor) const {
+        const i64 row = static_cast<i64>(part) * (p.num_kv_heads * p.columns) + in_all(head_in_team, column);
+        *reinterpret_cast<float4*>(p.partial_out + row * kHeadDim + dim) =
+            make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
+        if (dim == 0) *reinterpret_cast<float2*>(p.partial_state + row * 2) = make_float2(state.reference, state.sum);
+    }
 };
 
-// One work of a CTA. The ring is not filled before this asks for the first q. `next` is the work after it, if there is
-// one `more`.
-DEVICE void attend(const DecodeParams& p, const Work& work, bool more_work, const Work& next_work,
-                   Attending& attending, const KVRing& ring, const Lane& lane, u8* shared) {
-    KVRing::Turn& turn = attending.turn;
+// One work of a CTA, by its first kWarps warps. The ring is not filled before this asks for the first q.
+DEVICE void attend(const DecodeParams& p, const Work& work, bool is_first, KVRing::Turn& turn, const KVRing& ring,
+                   const Lane& lane, u8* shared) {
     const RowRange range = work.rows;
+    const int kv_len = work.kv_len;
     const int head_of_team = lane.warp % kHeads;
     const int kv_head = work.head_team * kHeads + head_of_team;
     const auto k_rows = Layout::k_rows(p, work.request, kv_head).from(Keys::Slice::begin(lane.thread));
@@ -160,9 +206,9 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool more_work, cons
     Values values;
     // The warps of all CTAs that share a request take turns over its tiles, so that what is read at one time lies close
     // together. plan.split_rows is the same formula.
-    const int step = work.splits * kTurnRows;
+    const int step = step_of(work);
     const int row_in_turn = lane.warp / kHeads * kTileRows;
-    int first_row = work.first_row + work.split * kTurnRows;  // of the rows that the warps take together
+    int first_row = first_turn_of(work);  // of the rows that the warps take together
     // What is asked for first arrives first: rows that go to registers; q, where a ring is filled a moment later.
     if (!kHasRing && first_row + row_in_turn < range.end) {
         const int row = first_row + row_in_turn;
@@ -172,15 +218,13 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool more_work, cons
         if (kAhead > 0) values.load(places.of_v(v_rows, row), range, row, lane);
     }
 
-    const int used_columns = used_columns_of(p, work);
-    const int first_head = first_head_of(p, work, head_of_team);
-    if (attending.is_first) attending.asked = ask_for_q(p, work, lane);
+    const auto work_columns = WorkColumns::of(p, work);
+    const auto asked = work_columns.ask(lane);
     float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, kv_head);
     scale = Scale::at(scale, p.q_scale, 0, 0) * KFormat::kGain;
     if constexpr (!kSoftCap) scale *= kLog2E;  // a soft cap needs natural logits first
-    if (kHasRing && attending.is_first) ptx::sync_threads();  // now the ring may be filled
-    attending.is_first = false;
-    const Queries queries(attending.asked, head_of_team, lane, shared + WarpCombine::kSharedBytes);
+    if (kHasRing && is_first) ptx::sync_threads();  // now the ring may be filled
+    const Queries queries(asked, head_of_team, lane, shared + WarpCombine::kSharedBytes);
     WarpColumns columns;
     // A ring has rows for all warps as long as it has any; registers only what is in the range.
     for (; first_row + (kHasRing ? 0 : row_in_turn) < range.end; first_row += step) {
@@ -219,7 +263,8 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool more_work, cons
                 if (more) places.find(next, step);
             }
         }
-        to_logits(scores, queries, p, scale, row, first_head, work.kv_len, range, lane);
+        const auto head_of = [&](int column) { return work_columns.place(head_of_team, column).head; };
+        to_logits(scores, queries, p, scale, row, head_of, kv_len, range, lane);
         columns.update(scores);
         // Not earlier, though K has been used: a CTA of two warps a head that waits for its loads there falls into step
         // with its neighbours, which made two waves of them 7 % slower.
@@ -259,94 +304,108 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool more_work, cons
     }
     columns.finish();
     // merge.cu, or the next call: it waits for the results where it starts.
-    if (more_work)
-        attending.asked = ask_for_q(p, next_work, lane);
-    else
-        ptx::let_next_kernel_start();
+    if (work.is_last) ptx::let_next_kernel_start();
 
-    const int num_qo_heads = p.num_kv_heads * p.group_size;
-    const auto put_result = [&](int head, const SoftmaxState& state, int dim, const float4& sum, float factor) {
-        u8* out = p.out + work.request * p.out_stride_request + head * p.out_stride_head;
-        *reinterpret_cast<uint2*>(out + dim * QFormat::kBytes) =
-            make_uint2(QFormat::Operand::pack(sum.x * factor, sum.y * factor),
-                       QFormat::Operand::pack(sum.z * factor, sum.w * factor));
-        const i64 row_of_out = static_cast<i64>(work.request) * num_qo_heads + head;
-        if (dim == 0 && p.lse) p.lse[row_of_out] = state.log2_sum() * p.lse_unit;
-    };
     WarpCombine::run<Values>(
-        columns, used_columns, lane, shared,
+        columns, work_columns.used(), lane, shared,
         [&](int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum) {
-            const int head = first_head_of(p, work, head_in_team) + column;
             const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
                                                                work.head_team * kHeads + head_in_team);
-            if (work.is_whole) {
-                put_result(head, state, dim, sum, state.normalizer() * out_scale);
-                return;
-            }
-            const i64 row = static_cast<i64>(work.part) * num_qo_heads + head;
-            *reinterpret_cast<float4*>(p.partial_out + row * kHeadDim + dim) =
-                make_float4(sum.x * out_scale, sum.y * out_scale, sum.z * out_scale, sum.w * out_scale);
-            if (dim == 0)
-                *reinterpret_cast<float2*>(p.partial_state + row * 2) = make_float2(state.reference, state.sum);
+            if (work.is_whole)
+                work_columns.put(head_in_team, column, state, dim, sum, state.normalizer() * out_scale);
+            else
+                work_columns.put_part(work.part, head_in_team, column, state, dim, sum, out_scale);
         });
-    if constexpr (Schedule::kManyWorks) {
-        if (work.is_whole || p.tag == 0) return;
-        const PartRange parts = Schedule::parts_of(p, work);
-        const int per_part = p.head_teams.value * p.column_blocks.value;
-        const int own = work.head_team * p.column_blocks.value + work.column_block;
-        int* verdict = reinterpret_cast<int*>(shared);
-        if (!all_are_written<32 * kWarps>(p, parts, work.part, per_part, own, lane, verdict)) return;
-        take_tags_away<32 * kWarps>(p, parts, per_part, own);
-        WarpMerge::run(
-            p, parts, kHeads * used_columns, shared + WarpCombine::kStateBytes,
-            [&](int row) { return first_head_of(p, work, row / used_columns) + row % used_columns; },
-            [&](int row, const SoftmaxState& state, int quad, const float4& sum) {
-                const int head = first_head_of(p, work, row / used_columns) + row % used_columns;
-                put_result(head, state, 4 * quad, sum, state.normalizer());
-            });
-    }
 }
 
-// Calls does(work, more, next) for what a CTA has to do, one after the other; `more`: it goes on with `next`. By whole
+// After a work that has a part of a request: merges all parts if this was the last one. By the CTA's first kWarps
 // warps.
-template <class Chosen, class At, class Do>
-DEVICE void each_work(const DecodeParams& p, const At& place, Do does) {
-    if constexpr (Chosen::kManyWorks) {
+DEVICE void merge_if_complete(const DecodeParams& p, const Work& work, const Lane& lane, u8* shared) {
+    constexpr int kMergers = 32 * kWarps;
+    int* verdict = reinterpret_cast<int*>(shared);
+    auto& space = *reinterpret_cast<MergeShared<kMergers>*>(shared + WarpCombine::kStateBytes);
+    if (!all_are_written<kMergers>(p, work, lane, verdict)) return;
+    take_tags_away<kMergers>(p, work, lane);
+    const auto columns = WorkColumns::of(p, work);
+    const int used = columns.used();
+    merge_parts<kMergers>(
+        p, work.parts, kHeads * used, kHeadDim / 4, lane.in_cta(), space,
+        [&](int i) { return columns.in_all(i / used, i % used); },
+        [&](int i, const SoftmaxState& state, int quad, const float4& sum) {
+            columns.put(i / used, i % used, state, 4 * quad, sum, state.normalizer());
+        });
+}
+
+// A CTA with one work.
+template <class Chosen, class At>
+DEVICE void work_once(const DecodeParams& p, const At& place, const KVRing& ring, const Lane& lane, u8* shared) {
+    const bool feeds = kHasRing && lane.warp == kWarps;
+    if (feeds && lane.index() == 0) ring.init(&p.k_map, &p.v_map);
+    if (feeds) ptx::sync_threads();  // the others come when they have asked for q
+    ptx::wait_for_previous_kernel();  // nothing before this reads memory
+    const Work work = Chosen::template work<Layout>(p, place);
+    if (Chosen::kHasSurplus && !work.splits) return;
+    KVRing::Turn turn;
+    Filling filling;
+    if (!feeds)
+        attend(p, work, true, turn, ring, lane, shared);
+    else if (lane.index() < kFeeders)
+        feed(p, work, ring, filling, lane);
+}
+
+// A CTA that stays for one work after the other.
+template <class Chosen, class At>
+DEVICE void work_on(const DecodeParams& p, const At& place, const KVRing& ring, const Lane& lane, u8* shared) {
+    Queue& queue = *reinterpret_cast<Queue*>(shared);
+    shared += kQueueBytes;
+    const bool feeds = lane.warp == kWarps;
+    if (feeds && lane.index() == 0) {
+        ring.init(&p.k_map, &p.v_map);
+        queue.init();
+    }
+    ptx::sync_threads();
+    ptx::wait_for_previous_kernel();
+    if (feeds) {
         typename Chosen::template Works<Layout> works(p, place);
-        Work work, next;
-        for (bool is_one = works.next(work), more; is_one; is_one = more, work = next) {
-            more = works.next(next);
-            does(work, more, next);
+        Filling filling;
+        for (int number = 0;; number++) {
+            Work work;
+            const bool is_one = works.next(work);
+            if (!is_one) work.request = Work::kNone;
+            queue.put(number, work, lane);
+            if (number == 0) ptx::sync_threads();  // the others come when they have asked for q
+            if (!is_one) return;
+            if (number > 0) WorkColumns::of(p, work).fetch_ahead(lane);
+            if (lane.index() < kFeeders) feed(p, work, ring, filling, lane);
         }
-    } else {
-        const Work work = Chosen::template work<Layout>(p, place);
-        if (!Chosen::kHasSurplus || work.splits) does(work, false, work);
+    }
+    // Between two works: q has been used up before the warps meet to combine, and what they combine, or merge, has been
+    // read before they meet over the next q.
+    KVRing::Turn turn;
+    for (int number = 0;;) {
+        auto& entry = queue.wait(number);
+        const bool is_first = number == 0;
+        if (entry.work.request == Work::kNone) {
+            if (is_first) ptx::sync_threads();  // where the warp that feeds waits
+            return;
+        }
+        // merge.cu has to find what there is to merge, and does so meanwhile.
+        if (Chosen::kHasShares && is_first && p.tag == 0) ptx::let_next_kernel_start();
+        // Not the lane and the number from before: they, and what follows from them, would be kept in registers.
+        const Lane here = Lane::of(ptx::thread_index());
+        attend(p, entry.work, is_first, turn, ring, here, shared);
+        if (Chosen::kHasShares && !entry.work.is_whole && p.tag) merge_if_complete(p, entry.work, here, shared);
+        number = entry.number + 1;
+        queue.release(entry, here);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) u8 shared[];
-    const Lane lane = Lane::self();
     const auto place = Schedule::place(p, blockIdx.x);
     const KVRing ring(shared, kHasRing ? p.stages : 0);
-    if (kHasRing && lane.warp == kWarps) {
-        if (lane.index() == 0) ring.init(&p.k_map, &p.v_map);
-        ptx::sync_threads();
-        ptx::wait_for_previous_kernel();
-        Filling filling;
-        each_work<Schedule>(p, place, [&](const Work& work, bool, const Work&) {
-            if (lane.index() < kFeeders) feed(p, work, ring, filling, lane);
-        });
-        return;
-    }
-    ptx::wait_for_previous_kernel();  // nothing before this reads memory
-    // Between two works: q has been used up before the warps meet to combine, and what they combine, or merge, has been
-    // read before they meet over the next q.
-    Attending attending;
-    each_work<Schedule>(p, place, [&](const Work& work, bool more, const Work& next) {
-        // merge.cu has to find what there is to merge, and does so meanwhile.
-        if (Schedule::kManyWorks && attending.is_first && p.tag == 0) ptx::let_next_kernel_start();
-        attend(p, work, more, next, attending, ring, lane, shared + ring.bytes());
-    });
-    if (kHasRing && Schedule::kManyWorks && attending.is_first) ptx::sync_threads();  // where the ring's warp waits
+    if constexpr (Schedule::kManyWorks)
+        work_on<Schedule>(p, place, ring, Lane::self(), shared + ring.bytes());
+    else
+        work_once<Schedule>(p, place, ring, Lane::self(), shared + ring.bytes());
 }

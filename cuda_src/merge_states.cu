@@ -8,13 +8,6 @@
 constexpr int kThreads = 256;
 constexpr int kAtOnce = 4;
 
-DEVICE void add(float4& x, const float4& other, float factor) {
-    x.x += factor * other.x;
-    x.y += factor * other.y;
-    x.z += factor * other.z;
-    x.w += factor * other.w;
-}
-
 // The given state number `index` of a row: the first has arrays of its own, all others lie in one.
 struct GivenState {
     const u8* v;

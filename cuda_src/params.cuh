@@ -10,19 +10,20 @@ struct DecodeParams {
     TensorMap k_map;         // K and V as decode.cu's ring copies them: boxes of rows and heads
     TensorMap v_map;
     // What changes from call to call comes first, and of that addresses, which mostly do.
-    float* partial_out;      // [parts, Hq, D]; null without splits
-    float* partial_state;    // [parts, Hq, 2]: reference and sum of the softmax state
+    float* partial_out;      // [parts, Hkv * columns, D]; null without splits
+    float* partial_state;    // [parts, Hkv * columns, 2]: reference and sum of the softmax state
     u64* tags;               // [parts, Hkv / kHeads, column blocks]: attention/parts.cuh, if tag is not 0; or a work
                              // list, schedule/listed.cuh
-    u8* out;                 // [B, Hq, D], the type of q
+    u8* out;                 // like q
     float* lse;              // [B, Hq], or null
     float lse_unit;          // 1 for base 2, ln 2 for base e
-    const u8* q;             // [B, Hq, D]
+    const u8* q;             // [B, Hq, D], or with many queries a request, [q_indptr[B], Hq, D]
     const u8* k;             // [B, L, Hkv, D]
     const u8* v;             // [B, L, Hkv, D]
     const int* kv_lens;      // [B], or null: every request has kv_len rows; with page_indptr, rows of the last page
     const int* page_indptr;  // [B + 1], where a request's pages begin in page_indices, or null: they are a block table
     const int* page_indices; // pages of all requests, or [B, >= pages of a request]; null for a padded cache
+    const int* q_indptr;     // [B + 1], where the rows of q of a request begin; of specialisations with kManyQueries
     const float* q_scale;    // [1], or null
     const float* k_scale;    // [1] or [Hkv], or null
     const float* v_scale;    // [1] or [Hkv], or null
@@ -44,10 +45,11 @@ struct DecodeParams {
     int kv_len;              // L
     int k_stride_row;        // 32 bits: a row's address is then one multiply-add
     int v_stride_row;
-    int group_size;          // Hq / Hkv
+    int columns;             // of a cache head: group_size, times the most queries that a request has
     int head_dim;            // D
     int num_kv_heads;        // Hkv
     int stages;              // of a ring
+    Divisor group_size;      // Hq / Hkv
     Divisor head_teams;      // Hkv / kHeads: CTAs that share the cache heads of one request
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
@@ -55,8 +57,11 @@ struct DecodeParams {
     // Of schedules that lengths decide on.
     int batch;               // B
     int most_split;          // requests that a list may split: min(B, list_parts)
-    int least_turns;         // that are worth a part, or a share, of their own
-    Divisor list_parts;      // parts that a list may have beyond one for each request; or equal shares
+    int least_turns;         // that are worth a part of their own
+    Divisor list_parts;      // parts that a list may have beyond one for each request
+    int shares;              // equal ones of all rows, at most
+    int least_boxes;         // that are worth a share of their own
+    int request_boxes;       // what it costs to begin and to end a request
     Divisor turn_rows;       // rows that the warps of a CTA take together
     int box_shift;           // of equal shares: boxes that a ring is filled with have 2^box_shift rows
     // Of a paged cache. Its rows lie at multiples of a unit of bytes, so that 32 bits tell them apart.

@@ -35,6 +35,20 @@ struct SoftmaxState {
     DEVICE float log2_sum() const { return sum == 0.0f ? negative_infinity() : reference + ptx::log2(sum); }
 };
 
+DEVICE void scale(float4& x, float factor) {
+    x.x *= factor;
+    x.y *= factor;
+    x.z *= factor;
+    x.w *= factor;
+}
+
+DEVICE void add(float4& x, const float4& other, float factor) {
+    x.x += factor * other.x;
+    x.y += factor * other.y;
+    x.z += factor * other.z;
+    x.w += factor * other.w;
+}
+
 // Merges `count` states: `state(i)` gives one, `add(i, factor)` is called in order to add up its accumulator times
 // factor.
 template <class State, class Add>

@@ -1,7 +1,7 @@
 """Decode attention where requests share parts of their context: each part is read once for all who share it.
 
-The queries of the requests that share a part become query heads of one request (columns of the same tiles), and what
-they give is merged with attention over the other parts. (Ye et al., *Cascade Inference*, 2024.)
+The queries of the requests that share a part become columns of the same tiles, and what they give is merged with
+attention over the other parts. (Ye et al., *Cascade Inference*, 2024.)
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arrays
-from .arrays import HOST, Library
-from .jit.device import refuse_capture
 from .layouts import check_kv_layout
 from .merging import merge_state
+from .page_tables import PageTables, read_page_tables
 from .paged import batch_decode_with_paged_kv_cache
-from .pages import check_csr, download_table, read_table
+from .paged_dispatch import PagedOptions, decode_paged
+from .pages import check_csr, csr_pages, download_table, read_table
+from .plan import MAX_COLUMNS
 from .positions import check_pos_encoding_mode
-from .problem import MAX_GROUP_SIZE, check_heads
+from .problem import check_heads
 
 
 class _Sizes(NamedTuple):
@@ -31,68 +32,38 @@ class _Sizes(NamedTuple):
 
 
 class _Level:
-    """Which queries share which pages: a batch of folded requests, each of equally many queries of one segment.
+    """Which rows of q share which pages.
 
-    ``rows[requests, queries]`` are rows of q (repeated where a segment has fewer), ``back[n]`` is where the result of
-    each row of q is among them. Both are None where every segment has one query.
+    The rows of q of a segment are taken as many at a time as a tile has columns for, by requests with the same pages:
+    so equal shares divide long segments of many rows and short ones alike.
     """
 
-    def __init__(self, qo_indptr: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarray], group_size: int):
-        counts, (indptr, indices, last) = np.diff(qo_indptr), tables
-        self.rows = self.back = None
-        owners = np.arange(len(counts))
-        if (counts != 1).any():
-            most = max(1, MAX_GROUP_SIZE // group_size)
-            parts = np.maximum(1, -(-counts // most))
-            size = int((-(-counts // parts)).max(initial=1))
-            owners = np.repeat(np.arange(len(counts)), -(-counts // size))
-            starts = np.concatenate([np.arange(a, b, size) for a, b in itertools.pairwise(qo_indptr)])
-            ends = qo_indptr[1:][owners]
-            self.rows = np.minimum(starts[:, None] + np.arange(size), ends[:, None] - 1)
-            self.back = np.empty(qo_indptr[-1], np.int64)
-            for request, start in enumerate(starts):
-                count = min(size, ends[request] - start)
-                self.back[start : start + count] = request * size + np.arange(count)
-        pages = np.diff(indptr)
-        self.indptr = np.concatenate([[0], np.cumsum(pages[owners])]).astype(np.int32)
-        self.indices = np.concatenate([indices[indptr[i] : indptr[i + 1]] for i in owners] or [indices[:0]])
-        self.last = last[owners]
-        self._placed: dict[tuple[Library, int], list[Any]] = {}
+    def __init__(self, qo_indptr: np.ndarray, tables: PageTables, group_size: int):
+        self.rows = int(qo_indptr[-1])
+        counts = np.diff(qo_indptr)
+        most = max(1, MAX_COLUMNS // group_size)
+        size = int(max((-(-count // -(-count // most)) for count in counts.tolist() if count), default=1))
+        parts = -(-counts // size)
+        if (parts == 1).all():
+            self._tables = tables
+        else:
+            assert tables.indptr and tables.indptr.values is not None and tables.pages.values is not None
+            assert tables.lens.values is not None
+            owners = np.repeat(np.arange(len(counts)), parts)
+            pages = csr_pages(tables.indptr.values, tables.pages.values)
+            indptr = np.cumsum([0, *(len(pages[owner]) for owner in owners)])
+            indices = np.concatenate([np.zeros(0, np.int32), *(pages[owner] for owner in owners)])
+            self._tables = read_page_tables(tables.page_size, indptr, indices, tables.lens.values[owners])
+        if size > 1:
+            starts = [np.arange(a, b, size) for a, b in itertools.pairwise(qo_indptr.tolist())]
+            self._tables = self._tables.with_queries(np.concatenate([*starts, qo_indptr[-1:]]))
 
-    def attend(self, q: Any, sizes: _Sizes, cache: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    def attend(self, q: Any, cache: Any, options: dict[str, Any], names: tuple[str, str]) -> tuple[Any, Any]:
         """(v, s) of each row of q over the pages of its segment."""
-        library = arrays.library_of(q, "q")
-        assert library is not None  # adopt() leaves no other
-        rows, back, *tables = self._on(library, library.facts(arrays.read(library, q, "q")[1]).device)
-        heads, group, head_dim = sizes.num_kv_heads, sizes.num_qo_heads // sizes.num_kv_heads, sizes.head_dim
-        if rows is not None:
-            requests, size = self.rows.shape  # type: ignore[union-attr]
-            q = _permuted(q[rows].reshape(requests, size, heads, group, head_dim), 0, 2, 1, 3, 4)
-            q = q.reshape(requests, heads * size * group, head_dim)
-        out, lse = batch_decode_with_paged_kv_cache(q, *cache, *tables, return_lse=True, **options)
-        if rows is None:
-            return out, lse
-        out = _permuted(out.reshape(requests, heads, size, group, head_dim), 0, 2, 1, 3, 4)
-        lse = _permuted(lse.reshape(requests, heads, size, group), 0, 2, 1, 3)
-        return (
-            out.reshape(requests * size, heads * group, head_dim)[back],
-            lse.reshape(requests * size, heads * group)[back],
+        result: tuple[Any, Any] = decode_paged(
+            q, cache, self._tables, PagedOptions(**options, return_lse=True, names=names)
         )
-
-    def _on(self, library: Library, device: int) -> list[Any]:
-        """Rows, places and page tables where q is."""
-        placed = self._placed.get((library, device))
-        if placed is None:
-            if device != HOST:
-                refuse_capture(library.stream(device), "plan")
-            values = (self.rows, self.back, self.indptr, self.indices, self.last)
-            placed = [None if value is None else library.from_numpy(value, device) for value in values]
-            self._placed[library, device] = placed
-        return placed
-
-
-def _permuted(x: Any, *axes: int) -> Any:
-    return x.permute(axes) if hasattr(x, "permute") else x.transpose(axes)
+        return result
 
 
 class MultiLevelCascadeAttentionWrapper:
@@ -166,8 +137,8 @@ class MultiLevelCascadeAttentionWrapper:
                     f"{names[0]}: expected one query token for each request, got {np.diff(rows).tolist()}"
                 )
             assert indptr.values is not None and indices.values is not None and last.values is not None
-            values = (indptr.values.astype(np.int64), indices.values, last.values)
-            levels.append(_Level(rows, values, num_qo_heads // num_kv_heads))
+            pages = read_page_tables(page_size, indptr.values, indices.values, last.values)
+            levels.append(_Level(rows, pages, num_qo_heads // num_kv_heads))
         options = {"logits_soft_cap": logits_soft_cap, "sm_scale": sm_scale}
         self._plan = levels, _Sizes(num_qo_heads, num_kv_heads, head_dim, page_size), options
 
@@ -198,11 +169,12 @@ class MultiLevelCascadeAttentionWrapper:
             "kv_layout": self._kv_layout, "backend": self._backend,
         }  # fmt: skip
         q = arrays.adopt(q, "q")
-        _check_query(q, int(levels[-1].indptr.shape[0]) - 1, sizes)
-        cache = tuple(paged_kv_cache) if isinstance(paged_kv_cache, (tuple, list)) else (paged_kv_cache, None)
-        v, s = levels[-1].attend(q, sizes, cache, options)
+        _check_query(q, levels[-1].rows, sizes)
+        cache = tuple(paged_kv_cache) if isinstance(paged_kv_cache, (tuple, list)) else paged_kv_cache
+        names = ("paged_kv_cache", "paged_kv_cache")
+        v, s = levels[-1].attend(q, cache, options, names)
         for level in levels[:-1]:
-            v, s = merge_state(v, s, *level.attend(q, sizes, cache, options), backend=self._backend)
+            v, s = merge_state(v, s, *level.attend(q, cache, options, names), backend=self._backend)
         return (v, s) if return_lse else v
 
     forward = run
@@ -300,10 +272,10 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
             # The prefix is a cache of one page.
             prefix = self._prefix.get((batch, shared_len))
             if prefix is None:
-                tables = np.array([0, 1]), np.zeros(1, np.int32), np.array([shared_len], np.int32)
-                prefix = _Level(np.array([0, batch]), tables, sizes.num_qo_heads // sizes.num_kv_heads)
+                pages = read_page_tables(shared_len, [0, 1], [0], [shared_len])
+                prefix = _Level(np.array([0, batch]), pages, sizes.num_qo_heads // sizes.num_kv_heads)
                 self._prefix[batch, shared_len] = prefix
-            shared = prefix.attend(q, sizes, (k_shared[None], v_shared[None]), options)
+            shared = prefix.attend(q, (k_shared[None], v_shared[None]), options, ("k_shared", "v_shared"))
             v, s = merge_state(v, s, *shared, backend=self._backend)
         return (v, s) if return_lse else v
 

@@ -1,4 +1,4 @@
-"""Which pages the requests of a batch have: one value for both forms, wherever its arrays lie."""
+"""Which pages, and which rows of q, the requests of a batch have: one value for all forms, wherever its arrays lie."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ class PageTables:
     planned_pages: int
     #: The least and the largest page in use, if the host knows.
     page_range: tuple[int, int] | None
+    #: Request b has the rows ``q_indptr[b]`` to ``q_indptr[b + 1]`` of q, one at least; None: row b.
+    q_indptr: Table | None = None
+    #: The most rows of q that a request has, and all of them.
+    queries: int = 1
+    q_rows: int = 0
     #: These tables where kernels read them, by library and device.
     _placed: dict[tuple[str, int], PageTables] = field(default_factory=dict, init=False, repr=False)
 
@@ -59,35 +64,43 @@ class PageTables:
 
     @property
     def _all(self) -> tuple[tuple[str, Table | None], ...]:
-        return (self.names[-1], self.lens), (self.names[0], self.indptr), (self.names[-2], self.pages)
+        tables = (self.names[-1], self.lens), (self.names[0], self.indptr), (self.names[-2], self.pages)
+        return *tables, ("q_indptr", self.q_indptr)
+
+    def with_queries(self, q_indptr: np.ndarray) -> PageTables:
+        """The same, with the rows of q that each request has, which are known to be right."""
+        table = read_table(q_indptr, "q_indptr", 1)
+        return replace(self, q_indptr=table, queries=int(np.diff(q_indptr).max(initial=1)), q_rows=int(q_indptr[-1]))
 
     def placed(self, library: Library, device: int) -> PageTables:
         """The same where kernels read it. Raises what :func:`pages.place_table` does."""
         found = self._placed.get((library.name, device))
         if found is None:
-            lens, indptr, pages = (table and place_table(table, name, library, device) for name, table in self._all)
+            lens, indptr, pages, q = (table and place_table(table, name, library, device) for name, table in self._all)
             assert lens and pages
-            there = lens is self.lens and indptr is self.indptr and pages is self.pages
-            found = self if there else replace(self, lens=lens, indptr=indptr, pages=pages)
+            there = lens is self.lens and indptr is self.indptr and pages is self.pages and q is self.q_indptr
+            found = self if there else replace(self, lens=lens, indptr=indptr, pages=pages, q_indptr=q)
             self._placed[library.name, device] = found
         return found
 
     def snapshot(self) -> PageTables:
         """The same with copies of what is on the host."""
-        lens, indptr, pages = (table and _copied(table) for _, table in self._all)
+        lens, indptr, pages, q_indptr = (table and _copied(table) for _, table in self._all)
         assert lens and pages
-        return replace(self, lens=lens, indptr=indptr, pages=pages)
+        return replace(self, lens=lens, indptr=indptr, pages=pages, q_indptr=q_indptr)
 
     def downloaded(self) -> PageTables:
         """The same with everything on the host, and checked there."""
-        lens, indptr, pages = (table and download_table(table, name) for name, table in self._all)
+        lens, indptr, pages, q_indptr = (table and download_table(table, name) for name, table in self._all)
         assert lens and pages
-        return _checked(self.names, self.page_size, indptr, pages, lens)
+        checked = _checked(self.names, self.page_size, indptr, pages, lens)
+        return replace(checked, q_indptr=q_indptr, queries=self.queries, q_rows=self.q_rows)
 
     @functools.cached_property
-    def addresses(self) -> tuple[int, int, int]:
-        """Of ``lens``, ``indptr`` and ``pages``, in the order of DecodeParams."""
-        return self.lens.address, self.indptr.address if self.indptr else 0, self.pages.address
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of ``lens``, ``indptr``, ``pages`` and ``q_indptr``, in the order of DecodeParams."""
+        indptr, q_indptr = (table.address if table else 0 for table in (self.indptr, self.q_indptr))
+        return self.lens.address, indptr, self.pages.address, q_indptr
 
     def check_pages(self, num_pages: int) -> None:
         """ValueError if the host knows of a page that a cache of ``num_pages`` does not have."""
@@ -108,6 +121,13 @@ class PageTables:
             return block_pages(pages, self.lens.values, self.page_size)
         assert self.indptr.values is not None
         return csr_pages(self.indptr.values, pages)
+
+    def queries_of_requests(self) -> np.ndarray:
+        """How many rows of q each request has; for tables on the host."""
+        if self.q_indptr is None:
+            return np.ones(self.batch, np.int64)
+        assert self.q_indptr.values is not None
+        return np.diff(self.q_indptr.values)
 
     def kv_lens(self) -> np.ndarray:
         """The rows of each request; for tables on the host."""

@@ -69,7 +69,10 @@ def page_size_of(cache: Any, kv_layout: str, names: tuple[str, str]) -> int:
 def decode_paged(
     q: Any, cache: Any, tables: PageTables, options: PagedOptions, workspace: Workspace | None = None
 ) -> Any:
-    """Decode over the pages that ``tables`` name. ``workspace``: the caller's, or None: ours."""
+    """Decode over the pages that ``tables`` name, of the rows of q that they say.
+
+    ``workspace``: the caller's, or None: ours.
+    """
     q, cache = arrays.adopt(q, "q"), adopt_cache(cache, options.names[0])
     library = arrays.library_of(q, "q")
     assert library is not None  # adopt() leaves no other
@@ -83,7 +86,7 @@ def decode_paged(
     key = (
         "paged", library, q_signature, cache_signature, out_signature, options.kv_layout, options.pos_encoding_mode,
         soft_cap, window_left, kv_format, options.lse_base, options.backend, options.names,
-        (tables.batch, tables.names[-1]), tables.kind, options.planned,
+        (tables.batch, tables.names[-1]), tables.kind, options.planned, (tables.queries, tables.q_rows),
     )  # fmt: skip
     prepared = prepared_for(key, _prepare)
     sm_scale = options.sm_scale
@@ -124,6 +127,7 @@ def _prepare(
     batch: tuple[int, str],
     kind: tuple[int, int, int],
     planned: Planned | None,
+    queries: tuple[int, int],
 ) -> Prepared:
     check_lse_base(lse_base)
     check_options(pos_encoding_mode, logits_soft_cap, backend)
@@ -133,7 +137,7 @@ def _prepare(
         planned.check(q, k, v, check_kv_layout(kv_layout), names)
     problem = bind_paged(
         q, k, v, batch=batch, kind=kind, names=names, kv_layout=kv_layout, requested_format=kv_format,
-        soft_cap=bool(logits_soft_cap), window_left=window_left, position=pos_encoding_mode,
+        soft_cap=bool(logits_soft_cap), window_left=window_left, position=pos_encoding_mode, queries=queries,
     )  # fmt: skip
     cuda = runs_on_cuda(problem, q, k, v, backend, names)
     out = None if out_signature is None else library.facts(out_signature)
@@ -177,7 +181,8 @@ def _decode_from_host(
         if options.kv_layout == "HND":
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         result, lse = paged_reference.paged_attention(
-            query, k, v, tables.pages_of_requests(), tables.kv_lens(), k_format=KV_FORMATS[problem.k_format],
+            query, k, v, tables.pages_of_requests(), tables.kv_lens(), tables.queries_of_requests(),
+            k_format=KV_FORMATS[problem.k_format],
             v_format=KV_FORMATS[problem.v_format], **numbers,
         )  # fmt: skip
         with np.errstate(over="ignore"):

@@ -68,18 +68,21 @@ def bind_paged(
     soft_cap: bool,
     window_left: int,
     position: str,
+    queries: tuple[int, int] = (1, 0),
 ) -> DecodeProblem:
     """Check that the arrays of a call over pages fit together; TypeError or ValueError naming what does not.
 
     ``batch``: requests of the page table, and the argument that says so; ``kind``: :attr:`PageTables.kind`; ``names``:
-    those of K and V.
+    those of K and V; ``queries``: rows of q that a request has at most, and all of them, if they are not one each.
     """
     if q.dtype not in Q_DTYPES:
         raise TypeError(f"q: expected {' or '.join(Q_DTYPES)}, got {q.dtype}")
     k_format, v_format = formats_of(k, v, requested_format, names)
     sizes = SizeBinder()
     sizes.bind(batch[1], (batch[0],), ("batch",))
-    sizes.bind("q", q.shape, ("batch", "num_qo_heads", "head_dim"))
+    if queries[0] > 1:
+        sizes.bind("q_indptr", (queries[1],), ("rows of q",))
+    sizes.bind("q", q.shape, ("rows of q" if queries[0] > 1 else "batch", "num_qo_heads", "head_dim"))
     found = bind_cache(sizes, k, v, kv_layout, names)
     hq, hkv = sizes["num_qo_heads"], found.num_kv_heads
     check_heads(hq, hkv, found.head_dim)
@@ -96,7 +99,7 @@ def bind_paged(
         head_dim=found.head_dim, q_format=kv_format(q.dtype).name, k_format=k_format, v_format=v_format,
         q_strides=(q_request, q_head), k_strides=found.k_strides, v_strides=found.v_strides, soft_cap=soft_cap,
         window=window_left + 1 if window_left >= 0 else -1, position=position, ragged=True,
-        paging=Paging(found.page_size, found.num_pages, max_rows, block_table_stride),
+        paging=Paging(found.page_size, found.num_pages, max_rows, block_table_stride), queries=queries[0],
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from .jit.spec import DecodeSpec
 from .plan_types import MAX_WORKSPACE, DeviceInfo, Plan, fill, finish_plan, partial_bytes
 from .problem import DecodeProblem
 from .ring_plans import box_rows as box_rows  # for those who run plans
-from .ring_plans import even_plan, even_specs, has_rings, ring_plan, ring_specs
+from .ring_plans import even_plan, even_specs, has_rings, ring_plan, ring_specs, shared_ring_plan
 from .schedule import MOST_PARTS, ListBounds
 
 #: Query heads that one CTA can take: two tiles of eight columns.
@@ -54,14 +54,15 @@ def split_rows(begin: int, end: int, splits: int, warps: int, tile_rows: int) ->
 def _tile(problem: DecodeProblem) -> tuple[DecodeSpec, int]:
     """The kernel with as many warps as fit an SM, and how many CTAs share the query heads of one cache head."""
     for most_tiles in (MAX_COLUMNS // 8, 1):
-        blocks = math.ceil(problem.group_size / (8 * most_tiles))
-        column_tiles = math.ceil(math.ceil(problem.group_size / blocks) / 8)
+        blocks = math.ceil(problem.columns / (8 * most_tiles))
+        column_tiles = math.ceil(math.ceil(problem.columns / blocks) / 8)
         for warps in (16, 8):
             for subtiles in _subtiles(problem, warps, column_tiles):
                 spec = DecodeSpec(
                     q=problem.q_format, k=problem.k_format, v=problem.v_format, head_dim=problem.head_dim,
                     column_tiles=column_tiles, subtiles=subtiles, warps=warps, ctas_per_sm=1,
-                    soft_cap=problem.soft_cap, position=problem.position, layout=problem.layout,
+                    many_queries=problem.queries > 1, soft_cap=problem.soft_cap, position=problem.position,
+                    layout=problem.layout,
                 )  # fmt: skip
                 if fits_registers(spec):
                     return spec, blocks
@@ -105,7 +106,8 @@ def _cta_sizes(spec: DecodeSpec) -> list[DecodeSpec]:
 def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
     """Choose how to run ``problem`` on ``device``."""
     spec, blocks = _tile(problem)
-    with_ring = (even_plan if problem.ragged else ring_plan)(problem, device, spec, blocks)
+    with_ring = shared_ring_plan(problem, device, spec, blocks)
+    with_ring = with_ring or (even_plan if problem.ragged else ring_plan)(problem, device, spec, blocks)
     if with_ring:
         return with_ring
     uniform = _uniform_plan(problem, device, spec, blocks)

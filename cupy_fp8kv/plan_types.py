@@ -67,8 +67,8 @@ class Plan:
 
 
 def partial_bytes(problem: DecodeProblem) -> int:
-    """Bytes of a partial result of one request: a row of floats and a state for each query head."""
-    return problem.num_qo_heads * (problem.head_dim * 4 + 8)
+    """Bytes of a partial result of one request: a row of floats and a state for each column of each cache head."""
+    return problem.num_kv_heads * problem.columns * (problem.head_dim * 4 + 8)
 
 
 def finish_plan(
@@ -87,21 +87,21 @@ def finish_plan(
     teams = problem.num_kv_heads // spec.heads * blocks
     parts = problem.batch * splits
     slots = bounds.slots if bounds else 2 * shares if shares > 1 else parts if splits > 1 else 0
-    heads = problem.num_qo_heads * slots
+    columns = problem.num_kv_heads * problem.columns * slots
     items = (bounds.entries if bounds else shares or parts) * teams
     tags = -(-8 * slots * teams // 16) * 16 if shares and _merges_inside(problem, spec, shares) else 0
     # One wave of CTAs that share SMs is placed less evenly then: 1 to 2 % slower on an H100, everything else faster.
     early = slots > 0 or spec.stages > 0 or items > spec.ctas_per_sm * device.sm_count
     return Plan(
         spec=spec, splits=splits, column_blocks=blocks, grid=items,
-        workspace_out=heads * problem.head_dim * 4, workspace_state=heads * 8, early=early, reason=reason,
+        workspace_out=columns * problem.head_dim * 4, workspace_state=columns * 8, early=early, reason=reason,
         bounds=bounds, shares=shares, workspace_tags=tags,
     )  # fmt: skip
 
 
 def _merges_inside(problem: DecodeProblem, spec: DecodeSpec, parts: int) -> bool:
     """Whether the last CTA of a request merges so many parts of it sooner than another kernel would."""
-    heads = spec.heads * min(problem.group_size, 8 * spec.column_tiles)
+    heads = spec.heads * min(problem.columns, 8 * spec.column_tiles)
     groups = max(1, 32 * spec.warps // (heads * problem.head_dim // 4))  # attention/parts.cuh
     return parts <= MOST_PARTS_OF_A_THREAD * groups
 

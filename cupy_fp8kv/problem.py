@@ -83,6 +83,7 @@ class DecodeProblem:
     window: int = -1  # rows that the window lets through, -1: all
     position: str = "NONE"
     ragged: bool = False  # lengths of their own for the requests
+    queries: int = 1  # rows of q that see the same rows of K and V, of a request at most
     paging: Paging | None = None
 
     @property
@@ -98,6 +99,11 @@ class DecodeProblem:
     @property
     def group_size(self) -> int:
         return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def columns(self) -> int:
+        """Queries of a cache head: those of its group, of every row of q of a request."""
+        return self.group_size * self.queries
 
     @property
     def rows_read(self) -> int:

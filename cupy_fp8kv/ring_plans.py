@@ -68,13 +68,14 @@ _MOST_EVEN_REQUESTS = 8192
 #: the device busy. Measured on an H100: 2 % faster with 32 heads, 2 to 14 % slower with 8.
 _MANY_HEADS = 16
 _EVEN_FILL_GAIN = 0.05
-#: Architectures on which none of these kernels spills, and registers of a thread for fragments with which 8 warps and
-#: the ring's fit the 168 registers that each of them has there. Compiled with NVRTC 12.9: 88 never spill, 100 may.
-EVEN_ARCHS = range(RING_ARCH, 100)
-_EVEN_FRAGMENTS_OF_8_WARPS = 88
+#: Of rings over one long page for many rows of q: boxes, and registers of a thread for fragments with which 8 warps and
+#: the ring's fit the 168 registers that each of them has, on the architectures where they do.
+_SHARED_STAGES = 4
+_SHARED_FRAGMENTS = 132
+_SHARED_ARCHS = range(RING_ARCH, 100)
 #: Rows of a box: fewer are copied less efficiently, more read more beyond the end of a request. Pages have whole boxes.
 _EVEN_BOX_ROWS = 32
-LEAST_BOX_ROWS = 16
+LEAST_BOX_ROWS = 8
 
 
 def ring_specs(spec: DecodeSpec) -> list[DecodeSpec]:
@@ -85,7 +86,7 @@ def ring_specs(spec: DecodeSpec) -> list[DecodeSpec]:
 
 def even_specs(spec: DecodeSpec, arch: int) -> list[DecodeSpec]:
     """The same for equal shares, on a device of ``arch``."""
-    return [ring for _, ring in _even_rings(spec, arch)]
+    return [ring for _, ring in _even_rings(spec)] if arch >= RING_ARCH else []
 
 
 def has_rings(arch: int, shared_per_block: int | None) -> bool:
@@ -143,6 +144,32 @@ def ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, bloc
     return finish_plan(problem, device, ring, blocks, splits, reason)
 
 
+def shared_ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:
+    """A plan for many rows of q over the same long page, or None for anything else.
+
+    Products take longer there than bytes, so a fragment of q is used for as many rows as fit the registers.
+    """
+    if problem.queries < 2 or spec.column_tiles < 2 or not problem.paging or not _may_have_ring(problem, device):
+        return None
+    ring = _shared_ring(spec, device.arch)
+    if ring is None or problem.paging.page_size % ring.turn_rows or problem.rows_read < ring.turn_rows:
+        return None
+    pieces = problem.batch * problem.num_kv_heads * blocks
+    splits = max(1, min(device.sm_count // pieces, problem.rows_read // ring.turn_rows))
+    reason = f"{pieces} tiles of queries in {splits} splits, {ring.tile_rows} rows of a long page at a time"
+    return finish_plan(problem, device, ring, blocks, splits, reason)
+
+
+def _shared_ring(spec: DecodeSpec, arch: int) -> DecodeSpec | None:
+    if arch not in _SHARED_ARCHS or spec.row_bytes > _MOST_RING_ROW_BYTES:
+        return None
+    for subtiles in (4, 2):
+        ring = replace(spec, warps=8, ctas_per_sm=1, subtiles=subtiles, stages=_SHARED_STAGES)
+        if ring.fragment_registers[0] <= _SHARED_FRAGMENTS and ring.turn_rows <= MOST_BOX_ROWS:
+            return ring
+    return None
+
+
 def _is_short(problem: DecodeProblem) -> bool:
     if problem.row_bytes > _WIDE_ROW_BYTES:
         return False  # 18 % slower
@@ -184,17 +211,13 @@ def box_rows(problem: DecodeProblem, spec: DecodeSpec) -> int:
     return min(problem.paging.page_size & -problem.paging.page_size, spec.turn_rows)
 
 
-def _even_rings(spec: DecodeSpec, arch: int) -> list[tuple[RingTeam, DecodeSpec]]:
+def _even_rings(spec: DecodeSpec) -> list[tuple[RingTeam, DecodeSpec]]:
     """Rings for equal shares, by their teams."""
-    if spec.row_bytes > _MOST_RING_ROW_BYTES or arch not in EVEN_ARCHS:
+    if spec.row_bytes > _MOST_RING_ROW_BYTES:
         return []
     teams = WIDE_EVEN_TEAMS if spec.row_bytes > _WIDE_ROW_BYTES else EVEN_TEAMS
     rings = ((team, _ring(spec, team)) for team in teams)
-    return [
-        (team, replace(ring, schedule="even"))
-        for team, ring in rings
-        if ring and (ring.warps < 8 or ring.fragment_registers[0] <= _EVEN_FRAGMENTS_OF_8_WARPS)
-    ]
+    return [(team, replace(ring, schedule="even")) for team, ring in rings if ring]
 
 
 def even_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:
@@ -207,7 +230,7 @@ def even_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, bloc
     # A share may have two partial results, each with a tag for every cache head.
     most_shares = MAX_WORKSPACE // (2 * (partial_bytes(problem) + 8 * problem.num_kv_heads))
     chosen, filled = None, 0.0
-    for team, ring in sorted(_even_rings(spec, device.arch), key=lambda one: one[0].heads != wanted):
+    for team, ring in sorted(_even_rings(spec), key=lambda one: one[0].heads != wanted):
         if problem.num_kv_heads % team.heads or box_rows(problem, ring) < LEAST_BOX_ROWS:
             continue
         teams = problem.num_kv_heads // team.heads

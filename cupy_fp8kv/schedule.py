@@ -6,9 +6,9 @@ gets a part for each chunk that it has, of equal sizes; what is left over makes 
 eighth of a chunk. So there are at most ``parts`` parts beyond one a request, which bounds grid, list and workspace
 whatever the lengths are. Largest parts come first.
 
-Equal shares are found by every warp itself (``cuda_src/schedule/even.cuh``). The requests lie end to end on a line,
-which is cut at any turn. Of a share's requests only the first and the last may be cut, so it has two slots for partial
-results.
+Equal shares are found by every CTA itself (``cuda_src/schedule/even.cuh``). The requests lie end to end on a line,
+which is cut at any box of a ring. Of a share's requests only the first and the last may be cut, so it has two slots for
+partial results.
 """
 
 from __future__ import annotations
@@ -136,36 +136,43 @@ class SharePart(NamedTuple):
 
 
 def even_shares(
-    kv_lens: Sequence[int], *, window_left: int, turn_rows: int, shares: int, least_turns: int, box_rows: int = 1
+    kv_lens: Sequence[int],
+    *,
+    window_left: int,
+    box_rows: int,
+    shares: int,
+    least_boxes: int,
+    request_boxes: int,
+    paged: bool = False,
 ) -> list[list[SharePart]]:
     """What each of ``shares`` places on the device does, as ``schedule/even.cuh`` finds it: the last may have nothing.
 
-    Turns of a request begin at a multiple of ``box_rows``, the rows of a box of a page; 1 for padded caches. A request
-    has a turn at least, and weighs ``TURNS_OF_A_REQUEST`` more. There are no more shares than have ``least_turns``.
+    Rows are counted in boxes, of which a request has one at least, and weighs ``request_boxes`` more; over pages they
+    begin at multiples of ``box_rows``. There are no more shares than have ``least_boxes``.
 
     A definition for tests and for reading; calls never run it.
     """
-    line = []  # request, where it begins, its turns, its first visible row, where its first turn begins
+    line = []  # request, where it begins, its boxes, its first visible row, where its first box begins
     length = 0
     for request, kv_len in enumerate(kv_lens):
         begin = kv_len - visible_rows(kv_len, window_left)
-        first_row = begin // box_rows * box_rows
-        turns = max(1, -(-(kv_len - first_row) // turn_rows))
-        line.append((request, length, turns, begin, first_row))
-        length += turns + TURNS_OF_A_REQUEST
-    count = max(1, min(length // least_turns, shares))
+        first_row = begin // box_rows * box_rows if paged else begin
+        boxes = max(1, -(-(kv_len - first_row) // box_rows))
+        line.append((request, length, boxes, begin, first_row))
+        length += boxes + request_boxes
+    count = max(1, min(length // least_boxes, shares))
     each, longer = divmod(length, count)
     cuts = [each * share + min(share, longer) for share in range(count + 1)]
     found: list[list[SharePart]] = [[] for _ in range(shares)]
     for share, (first, last) in enumerate(itertools.pairwise(cuts)):
-        for request, at, turns, begin, first_row in line:
-            # The turns of the request before and in this share.
-            before, until = max(0, first - at), min(turns, last - at)
+        for request, at, boxes, begin, first_row in line:
+            # The boxes of the request before and in this share.
+            before, until = max(0, first - at), min(boxes, last - at)
             if before < until:
                 rows = (
-                    first_row + before * turn_rows if before else begin,
-                    kv_lens[request] if until == turns else first_row + until * turn_rows,
+                    first_row + before * box_rows if before else begin,
+                    kv_lens[request] if until == boxes else first_row + until * box_rows,
                 )
                 slot = 2 * share + (before == 0)
-                found[share].append(SharePart(request, *rows, slot, before == 0 and until == turns))
+                found[share].append(SharePart(request, *rows, slot, before == 0 and until == boxes))
     return found

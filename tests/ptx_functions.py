@@ -455,6 +455,13 @@ FUNCTIONS = [
         for mask in (1, 2, 4, 8, 16, 31)
     ),
     Function(
+        "thread_index", 1, 1, "out[0] = in[0] + ptx::thread_index();", words(1),
+        lambda x: x + (np.arange(x.size, dtype=np.uint32) % THREADS).reshape(x.shape),
+    ),
+    Function(
+        "prefetch", 1, 1, "ptx::prefetch(reinterpret_cast<const u8*>(in));\n        out[0] = in[0];", words(1), np.array,
+    ),
+    Function(
         "sync_threads", 1, 1, _EXCHANGE.format("sync_threads", "63 - threadIdx.x"), words(1),
         _swapped(63 - np.arange(64)),
     ),

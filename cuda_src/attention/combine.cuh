@@ -47,7 +47,7 @@ struct Combine {
                         if (column < width) put<Tile>(columns.out[first_tile + n], c, begin, lane, mine);
                     }
                 ptx::sync_first<32 * WARPS>();
-                for (int task = threadIdx.x; task < HEADS * width * 4 * tiles; task += 32 * WARPS) {
+                for (int task = lane.in_cta(); task < HEADS * width * 4 * tiles; task += 32 * WARPS) {
                     const int dim = task % (4 * tiles) * 4;  // within the piece
                     const int head = task / (4 * tiles) % HEADS, column = task / (4 * tiles) / HEADS;
                     const auto place = [&](int i) { return i * HEADS + head; };  // of the head's warps
@@ -63,12 +63,7 @@ struct Combine {
                     }
                     const SoftmaxState state = merge_states(
                         kTeam, [&](int i) { return found[i]; },
-                        [&](int i, float factor) {
-                            sum.x += factor * theirs[i].x;
-                            sum.y += factor * theirs[i].y;
-                            sum.z += factor * theirs[i].z;
-                            sum.w += factor * theirs[i].w;
-                        });
+                        [&](int i, float factor) { add(sum, theirs[i], factor); });
                     store(head, 8 * first_tile + column, state, 16 * begin + dim, sum);
                 }
             }

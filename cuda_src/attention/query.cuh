@@ -37,7 +37,7 @@ class Query {
     // warps take part.
     template <class Row>
     static DEVICE Asked ask(Row row, const Lane& lane) {
-        Asked asked;
+        Asked asked = {};  // or else what other warps have of the work before would be kept
 #pragma unroll
         for (int round = 0; round < kRounds; round++) {
             const int n = lane.warp + round * WARPS;

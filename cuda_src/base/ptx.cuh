@@ -266,6 +266,16 @@ DEVICE u32 shuffle_word(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, la
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// Brings the 128 bytes around an address into the L2 cache.
+DEVICE void prefetch(const u8* from) { asm volatile("prefetch.global.L2 [%0];" : : "l"(from)); }
+
+// Of x, and read here: what is made of it is not made earlier.
+DEVICE u32 thread_index() {
+    u32 x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 DEVICE void sync_threads() { __syncthreads(); }
 // The first COUNT threads of the CTA meet: whole warps, the others do not take part.
 template <int COUNT>

@@ -21,11 +21,13 @@ struct Lane {
 
     int warp;
 
-    static DEVICE Lane self() {
-        const int lane = threadIdx.x % 32;
-        return {lane / 4, lane % 4, static_cast<int>(threadIdx.x / 32)};
+    static DEVICE Lane self() { return of(threadIdx.x); }
+    static DEVICE Lane of(u32 thread) {
+        const int lane = thread % 32;
+        return {lane / 4, lane % 4, static_cast<int>(thread / 32)};
     }
     DEVICE int index() const { return 4 * group + thread; }
+    DEVICE int in_cta() const { return 32 * warp + index(); }
 };
 
 template <class T>

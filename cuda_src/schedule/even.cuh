@@ -1,31 +1,28 @@
 // Which CTA does what, where a CTA stays for one share of all rows: the requests' rows lie end to end on a line, which
-// is cut into equal shares, one for each place on the device. A share begins and ends anywhere in a request and may
+// is cut into equal shares, one for each place on the device. A share begins and ends with any box of a request and may
 // hold many; a CTA goes through them one after the other, and its ring does not run empty in between.
 //
-// Every warp finds its share itself, from the lengths alone: a sum over all requests, then one over a few. So there is
-// no list to make and to wait for. cupy_fp8kv/schedule.py has the same in Python.
+// A CTA finds its share itself, from the lengths alone: a sum over all requests, then one over a few. So there is no
+// list to make and to wait for. cupy_fp8kv/schedule.py has the same in Python.
 #pragma once
 #include "base/warp_sum.cuh"
 #include "schedule/work.cuh"
 
-// What it costs to begin and to end a request, in turns.
-constexpr int kTurnsOfARequest = 1;
-
-// A request on the line: its turns (what the warps of a CTA take together), one at least, and what it costs.
+// A request on the line: its boxes of 2^box_shift rows, one at least, and what it costs.
 struct Stretch {
     int kv_len;
     RowRange rows;
-    int first_row;  // where its turns begin
-    int turns;
+    int first_row;  // where its boxes begin
+    int boxes;
 
     template <class Layout>
     static DEVICE Stretch of(const DecodeParams& p, int request) {
         const int kv_len = Layout::kv_len(p, request);
         const RowRange rows = RowRange::of_request(kv_len, p.window_left);
         const int first_row = Layout::box_begin(p, rows.begin);
-        return {kv_len, rows, first_row, max_of(1, p.turn_rows.quotient(rows.end - first_row + p.turn_rows.value - 1))};
+        return {kv_len, rows, first_row, max_of(1, (rows.end - first_row + (1 << p.box_shift) - 1) >> p.box_shift)};
     }
-    DEVICE u32 weight() const { return static_cast<u32>(turns + kTurnsOfARequest); }
+    DEVICE u32 weight(const DecodeParams& p) const { return static_cast<u32>(boxes + p.request_boxes); }
 };
 
 // The equal shares of the line. The first `longer` ones have one more than `each`.
@@ -34,10 +31,10 @@ struct Shares {
     u64 each;
     u64 longer;
 
-    // No more of them than have least_turns.
+    // No more of them than have least_boxes.
     static DEVICE Shares of(const DecodeParams& p, u64 line) {
-        const u64 most = divide(line, p.least_turns);
-        const int count = static_cast<int>(max_of<u64>(1, min_of<u64>(most, p.list_parts.value)));
+        const u64 most = divide(line, p.least_boxes);
+        const int count = static_cast<int>(max_of<u64>(1, min_of<u64>(most, p.shares)));
         const u64 each = divide(line, count);
         return {count, each, line - each * count};
     }
@@ -97,7 +94,7 @@ class Line {
 
   private:
     DEVICE u64 weight(int request) const {
-        return request < p_.batch ? Stretch::of<Layout>(p_, request).weight() : 0;
+        return request < p_.batch ? Stretch::of<Layout>(p_, request).weight(p_) : 0;
     }
 
     const DecodeParams& p_;
@@ -110,6 +107,7 @@ class Line {
 struct EvenSchedule {
     static constexpr bool kHasSurplus = true;
     static constexpr bool kManyWorks = true;
+    static constexpr bool kHasShares = true;
 
     static DEVICE Place place(const DecodeParams& p, int index) { return Place::of(p, index); }
 
@@ -117,84 +115,80 @@ struct EvenSchedule {
     template <class Layout>
     class Works {
       public:
-        DEVICE Works(const DecodeParams& p, const Place& place) : p_(p), place_(place), request_(p.batch) {
+        DEVICE Works(const DecodeParams& p, const Place& place) : p_(p), place_(place), request_(p.batch), at_(0) {
             const Line<Layout> line(p);
             shares_ = Shares::of(p, line.length());
             if (place.part >= shares_.count) return;
-            begin_ = shares_.begin(place.part);
-            end_ = shares_.begin(place.part + 1);
-            const Spot spot = line.find(begin_);
+            const Spot spot = line.find(begin());
             request_ = spot.request;
             at_ = spot.place;
-            stretch_ = Stretch::of<Layout>(p, request_);
-            if (begin_ - at_ >= stretch_.turns) go_on();  // what is left of it is its end
+            const Stretch stretch = Stretch::of<Layout>(p, request_);
+            if (begin() - at_ >= stretch.boxes) go_on(stretch);  // what is left of it is its end
         }
 
         // False if there is nothing more to do.
         DEVICE bool next(Work& work) {
             if (!has_one()) return false;
-            const int turn_rows = p_.turn_rows.value, turns = stretch_.turns;
-            // The turns of the request before and in this share.
-            const int before = at_ < begin_ ? static_cast<int>(begin_ - at_) : 0;
-            const int until = at_ + turns > end_ ? static_cast<int>(end_ - at_) : turns;
-            const bool is_begun = before > 0, is_left = until < turns;
-            const int first_row = stretch_.first_row + before * turn_rows;
-            work = {request_, place_.head_team, place_.column_block, stretch_.kv_len,
-                    {is_begun ? first_row : stretch_.rows.begin,
-                     is_left ? stretch_.first_row + until * turn_rows : stretch_.rows.end},
-                    first_row, 0, 1, !is_begun && !is_left, 2 * place_.part + (is_begun ? 0 : 1), 0, 0};
-            if (!work.is_whole) {
-                const int first = shares_.of_place(at_);
-                work.first_part = 2 * first;
-                work.parts = shares_.of_place(at_ + turns - 1) - first + 1;
-            }
-            go_on();
+            const Stretch stretch = Stretch::of<Layout>(p_, request_);
+            const int boxes = stretch.boxes;
+            // The boxes of the request before and in this share.
+            const int before = at_ < begin() ? static_cast<int>(begin() - at_) : 0;
+            const int until = at_ + boxes > end() ? static_cast<int>(end() - at_) : boxes;
+            const bool is_begun = before > 0, is_left = until < boxes;
+            const int first_row = stretch.first_row + (before << p_.box_shift);
+            work = {request_, place_.head_team, place_.column_block, stretch.kv_len,
+                    {is_begun ? first_row : stretch.rows.begin,
+                     is_left ? stretch.first_row + (until << p_.box_shift) : stretch.rows.end},
+                    first_row, 0, 1, !is_begun && !is_left, 2 * place_.part + (is_begun ? 0 : 1), false, {}};
+            if (!work.is_whole) work.parts = parts_of(shares_, at_, boxes);
+            go_on(stretch);
+            work.is_last = !has_one();
             return true;
         }
 
       private:
-        DEVICE bool has_one() const { return request_ < p_.batch && at_ < end_; }
+        DEVICE u64 begin() const { return shares_.begin(place_.part); }
+        DEVICE u64 end() const { return shares_.begin(place_.part + 1); }
+        DEVICE bool has_one() const { return request_ < p_.batch && at_ < end(); }
 
-        DEVICE void go_on() {
-            at_ += stretch_.weight();
-            if (++request_ < p_.batch) stretch_ = Stretch::of<Layout>(p_, request_);
+        DEVICE void go_on(const Stretch& stretch) {
+            at_ += stretch.weight(p_);
+            request_++;
         }
 
         const DecodeParams& p_;
         const Place& place_;
         Shares shares_;
         int request_;
-        u64 begin_;  // of the share
-        u64 end_;
-        u64 at_;  // where the request begins
-        Stretch stretch_;
+        u64 at_;  // where it begins
     };
 
-    // A share has at most two parts of requests: one whose beginning belongs to shares before it, and one whose
-    // beginning is its own. So numbers of neighbouring shares are two apart, and a first part has the one beside.
-    static DEVICE PartRange parts_of(const DecodeParams&, const Work& work) {
-        return {work.first_part, 2, 1, work.parts};
+    // The parts of the request at a place on the line. A share has at most two parts of requests: one whose beginning
+    // belongs to shares before it, and one whose beginning is its own. So numbers of neighbouring shares are two apart,
+    // and a first part has the one beside.
+    static DEVICE PartRange parts_of(const Shares& shares, u64 at, int boxes) {
+        const int first = shares.of_place(at);
+        return {2 * first, 2, 1, shares.of_place(at + boxes - 1) - first + 1};
     }
 
     // What is to be merged, by the cut between two shares that is the first in a request.
     static DEVICE int most_merges(const DecodeParams& p) {
-        return (p.list_parts.value - 1) * p.num_kv_heads * p.group_size;
+        return (p.shares - 1) * p.num_kv_heads * p.columns;
     }
 
     template <class Layout>
     static DEVICE Parts parts(const DecodeParams& p, int index) {
-        const int num_qo_heads = p.num_kv_heads * p.group_size;
-        const int cut = index / num_qo_heads + 1, head = index % num_qo_heads;
+        const int columns = p.num_kv_heads * p.columns;
+        const int cut = index / columns + 1, column = index % columns;
         const Line<Layout> line(p);
         const Shares shares = Shares::of(p, line.length());
-        Parts found = {0, head, {0, 2, 1, Parts::kNoMore}};
+        Parts found = {0, column, {0, 2, 1, Parts::kNoMore}};
         if (cut >= shares.count) return found;
         const u64 place = shares.begin(cut);
         const Spot spot = line.find(place);
-        const u64 last_turn = spot.place + Stretch::of<Layout>(p, spot.request).turns - 1;
-        const int first = shares.of_place(spot.place);
+        const int boxes = Stretch::of<Layout>(p, spot.request).boxes;
         found.range.count = 0;
-        if (place <= spot.place || place > last_turn || first + 1 != cut) return found;
-        return {spot.request, head, {2 * first, 2, 1, shares.of_place(last_turn) - first + 1}};
+        if (place <= spot.place || place >= spot.place + boxes || shares.of_place(spot.place) + 1 != cut) return found;
+        return {spot.request, column, parts_of(shares, spot.place, boxes)};
     }
 };

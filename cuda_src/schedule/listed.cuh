@@ -42,6 +42,7 @@ struct WorkList {
 struct ListedSchedule {
     static constexpr bool kHasSurplus = true;
     static constexpr bool kManyWorks = false;
+    static constexpr bool kHasShares = false;
 
     static DEVICE Place place(const DecodeParams& p, int index) { return Place::of(p, index); }
 
@@ -54,22 +55,17 @@ struct ListedSchedule {
         const RowRange rows = RowRange::of_request(entry.kv_len, p.window_left);
         const int splits = exists ? static_cast<int>(entry.parts_and_split >> 16) : 0;
         return {entry.request, place.head_team, place.column_block, entry.kv_len, rows, rows.begin,
-                static_cast<int>(entry.parts_and_split & 0xffffu), splits, splits == 1, entry.slot, 0, 0};
+                static_cast<int>(entry.parts_and_split & 0xffffu), splits, splits == 1, entry.slot, true, {}};
     }
 
-    static DEVICE PartRange parts_of(const DecodeParams&, const Work& work) {
-        return {work.part - work.split, 1, 0, work.splits};
-    }
-
-    static DEVICE int most_merges(const DecodeParams& p) { return p.most_split * p.num_kv_heads * p.group_size; }
+    static DEVICE int most_merges(const DecodeParams& p) { return p.most_split * p.num_kv_heads * p.columns; }
 
     template <class Layout>
     static DEVICE Parts parts(const DecodeParams& p, int index) {
         const WorkList list = WorkList::of(p);
-        const int num_qo_heads = p.num_kv_heads * p.group_size;
-        const int head = index % num_qo_heads;
-        const SplitRequest split = list.split_requests[index / num_qo_heads];
-        const bool exists = index / num_qo_heads < list.head->split_requests;
-        return {split.request, head, {split.slot, 1, 0, exists ? split.parts : Parts::kNoMore}};
+        const int columns = p.num_kv_heads * p.columns;
+        const SplitRequest split = list.split_requests[index / columns];
+        const bool exists = index / columns < list.head->split_requests;
+        return {split.request, index % columns, {split.slot, 1, 0, exists ? split.parts : Parts::kNoMore}};
     }
 };

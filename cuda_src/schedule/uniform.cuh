@@ -5,6 +5,7 @@
 struct UniformSchedule {
     static constexpr bool kHasSurplus = false;
     static constexpr bool kManyWorks = false;
+    static constexpr bool kHasShares = false;
 
     // All but the length.
     static DEVICE Work place(const DecodeParams& p, int index) {
@@ -12,7 +13,7 @@ struct UniformSchedule {
         // Parts are numbered like places: [B, splits].
         const int request = p.splits.quotient(place.part), splits = p.splits.value;
         return {request, place.head_team, place.column_block, 0, {0, 0}, 0, p.splits.remainder(place.part, request),
-                splits, splits == 1, place.part, 0, 0};
+                splits, splits == 1, place.part, true, {}};
     }
 
     template <class Layout>
@@ -23,16 +24,12 @@ struct UniformSchedule {
         return work;
     }
 
-    static DEVICE PartRange parts_of(const DecodeParams& p, const Work& work) {
-        return {work.request * p.splits.value, 1, 0, p.splits.value};
-    }
-
-    static DEVICE int most_merges(const DecodeParams& p) { return p.batch * p.num_kv_heads * p.group_size; }
+    static DEVICE int most_merges(const DecodeParams& p) { return p.batch * p.num_kv_heads * p.columns; }
 
     template <class Layout>
     static DEVICE Parts parts(const DecodeParams& p, int index) {
-        const int num_qo_heads = p.num_kv_heads * p.group_size;
-        const int request = index / num_qo_heads;
-        return {request, index % num_qo_heads, {request * p.splits.value, 1, 0, p.splits.value}};
+        const int columns = p.num_kv_heads * p.columns;
+        const int request = index / columns;
+        return {request, index % columns, {request * p.splits.value, 1, 0, p.splits.value}};
     }
 };

@@ -21,7 +21,9 @@ struct Place {
 // A CTA's share, or a part of it: some query heads of one team of cache heads, over every `splits`-th turn of rows of
 // one request, from number `split` on.
 struct Work {
-    int request;
+    static constexpr int kNone = -1;
+
+    int request;  // kNone: there is no work
     int head_team;
     int column_block;
     int kv_len;
@@ -31,8 +33,9 @@ struct Work {
     int splits;
     bool is_whole;  // nobody else has rows of the request for these heads: results are not partial
     int part;       // where partial results go
-    int first_part;  // of an even schedule, likewise: of the request's first part
-    int parts;       // and how many it has
+    bool is_last;   // of the CTA's
+    // Of shares: all parts of a request that has several.
+    PartRange parts;
 };
 
 // What merge.cu is to merge.
@@ -40,6 +43,6 @@ struct Parts {
     static constexpr int kNoMore = -1;
 
     int request;
-    int head;
+    int column;  // of all cache heads'
     PartRange range;  // with a count of 0: there is nothing to merge; kNoMore: neither for any index from here on
 };

@@ -15,16 +15,17 @@ from ..jit.tensor_map import TensorMaps
 from ..paged_problem import paging_fields
 from ..plan import Plan, box_rows, least_turns, plan_decode
 from ..problem import DecodeProblem
+from ..schedule import TURNS_OF_A_REQUEST
 from ..tuning.store import tuned_plan
 
 #: Fields of DecodeParams that change from call to call.
-_DECODE_LEADING = 21
+_DECODE_LEADING = 22
 #: Of them: the addresses of the workspace and the arrays, which most calls change; and the rest.
 _DECODE_ARRAYS = 9
 _DECODE_REST = _DECODE_LEADING - _DECODE_ARRAYS
 #: Where lengths and window stand among the rest.
 _KV_LENS_VALUE = 0
-_WINDOW_VALUE = 9
+_WINDOW_VALUE = 10
 #: CTAs of a merge where lengths decide what there is to merge.
 _MERGES_PER_SM = 8
 #: Fields of QuantizeParams likewise.
@@ -54,6 +55,7 @@ class PreparedDecode:
         self._partial_bytes = plan.workspace_out + plan.workspace_state
         self._runtime = require_cupy().cuda.runtime
         self._current_device = self._runtime.getDevice
+        rows = box_rows(problem, plan.spec)
         params = ParamBlock(
             "DecodeParams", _DECODE_LEADING,
             q_stride_request=problem.q_strides[0], q_stride_head=problem.q_strides[1],
@@ -62,14 +64,17 @@ class PreparedDecode:
             v_stride_request=problem.v_strides[0], v_stride_row=problem.v_strides[1],
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
-            kv_len=problem.max_rows, group_size=problem.group_size, head_dim=problem.head_dim,
+            kv_len=problem.max_rows, columns=problem.columns, head_dim=problem.head_dim,
             num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages, tag=_new_tag() if plan.workspace_tags else 0,
             batch=problem.batch, most_split=plan.bounds.split_requests if plan.bounds else 0,
-            least_turns=least_turns(plan.spec), box_shift=box_rows(problem, plan.spec).bit_length() - 1,
+            least_turns=least_turns(plan.spec), shares=plan.shares, box_shift=rows.bit_length() - 1,
+            least_boxes=least_turns(plan.spec) * plan.spec.turn_rows // rows,
+            request_boxes=round(TURNS_OF_A_REQUEST * plan.spec.turn_rows / rows),
             **divisors(
-                head_teams=problem.num_kv_heads // plan.spec.heads, column_blocks=plan.column_blocks,
-                splits=plan.splits, list_parts=plan.bounds.parts if plan.bounds else plan.shares or 1,
-                turn_rows=plan.spec.turn_rows, page_size=problem.paging.page_size if problem.paging else 1,
+                group_size=problem.group_size, head_teams=problem.num_kv_heads // plan.spec.heads,
+                column_blocks=plan.column_blocks, splits=plan.splits,
+                list_parts=plan.bounds.parts if plan.bounds else 1, turn_rows=plan.spec.turn_rows,
+                page_size=problem.paging.page_size if problem.paging else 1,
             ),
             **paging_fields(problem),
         )  # fmt: skip
@@ -90,9 +95,9 @@ class PreparedDecode:
         if schedule:
             self._schedule = Launch(compiler.load(schedule, device), 1, params, dependent=True)
         if merge:
-            heads = merged * problem.num_qo_heads
+            columns = merged * problem.num_kv_heads * problem.columns
             # Rarely as many requests are split as may be: CTAs that find nothing to merge are a loss.
-            merge_grid = min(heads, _MERGES_PER_SM * self.info.sm_count) if plan.by_lengths else heads
+            merge_grid = min(columns, _MERGES_PER_SM * self.info.sm_count) if plan.by_lengths else columns
             self._merge = Launch(compiler.load(merge, device), merge_grid, params, dependent=True)
 
     def run(

@@ -11,7 +11,7 @@ from .. import plan
 from ..formats import FP8_FORMATS, KV_FORMATS
 from ..layouts import LAYOUTS
 from ..problem import MAX_HEAD_DIM, DecodeProblem, Paging
-from ..ring_plans import EVEN_ARCHS
+from ..ring_plans import RING_ARCH
 from ..tuning.options import spec_options
 from .spec import (
     SCHEDULES,
@@ -135,7 +135,7 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
 
 def _others(arch: int) -> list[Spec]:
     merges: list[tuple[str, ...]] = [("uniform",), ("listed",)]
-    if arch in EVEN_ARCHS:
+    if arch >= RING_ARCH:
         merges += [("even", layout) for layout in LAYOUTS]
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
     return [

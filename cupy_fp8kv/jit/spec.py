@@ -39,7 +39,8 @@ class DecodeSpec:
     ctas_per_sm: int
     heads: int = 1  # neighbouring cache heads that a CTA works on
     stages: int = 0  # of a ring of boxes in shared memory, which the kernel is told; 0: rows go straight to registers
-    schedule: str = "uniform"  # or "listed", or "even"
+    schedule: str = "uniform"  # or another of SCHEDULES
+    many_queries: bool = False  # whether several rows of q see the same rows of K and V
     soft_cap: bool = False
     position: str = "NONE"
     software_fp8: bool = False
@@ -125,7 +126,8 @@ class DecodeSpec:
         tile = self.warps * 8 * (20 * min(steps, 8) + 4) * 4
         most = 84_000 if self.ctas_per_sm == 1 else 64_000 // self.ctas_per_sm
         tiles = self.column_tiles if self.column_tiles * tile <= most else 1
-        return query + states + tiles * tile
+        queue = 512 if self.schedule == "even" else 0  # attention/work_queue.cuh
+        return query + states + tiles * tile + queue
 
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
@@ -139,7 +141,7 @@ class DecodeSpec:
         lines += _constants(
             kHeadDim=self.head_dim, kColumnTiles=self.column_tiles, kSubtiles=self.subtiles, kWarps=self.warps,
             kHeads=self.heads, kHasRing=self.stages > 0, kCtasPerSm=self.ctas_per_sm, kAhead=self.ahead,
-            kSoftCap=self.soft_cap, kSharedBytes=self._fixed_shared_bytes,
+            kSoftCap=self.soft_cap, kManyQueries=self.many_queries, kSharedBytes=self._fixed_shared_bytes,
         )  # fmt: skip
         return _software(self.software_fp8) + sources.render(self._title, headers, lines, "decode.cu")
 
@@ -149,7 +151,7 @@ class DecodeSpec:
     @property
     def _title(self) -> str:
         """What the kernel is; how many stages a ring has is not part of it."""
-        flags = "".join(f" {name}" for name in ("soft_cap", "software_fp8") if getattr(self, name))
+        flags = "".join(f" {name}" for name in ("many_queries", "soft_cap", "software_fp8") if getattr(self, name))
         position = "" if self.position == "NONE" else f" {self.position}"
         layout = "" if self.layout == "padded" else f" {self.layout}"
         ring = f" ring heads={self.heads}" if self.stages else ""
@@ -170,6 +172,7 @@ class MergeSpec:
     q: str
     schedule: str = "uniform"
     layout: str = "padded"
+    many_queries: bool = False
 
     entry = "merge"
     threads = 256
@@ -177,18 +180,19 @@ class MergeSpec:
 
     def source(self) -> str:
         lines = [f"using QFormat = {KV_FORMATS[self.q].policy};", f"using Schedule = {SCHEDULES[self.schedule]};"]
-        lines += [f"using Layout = {LAYOUTS[self.layout]};"]
+        lines += [f"using Layout = {LAYOUTS[self.layout]};", *_constants(kManyQueries=self.many_queries)]
         headers = [_header(self.q), f"layout/{self.layout}.cuh", f"schedule/{self.schedule}.cuh"]
         return sources.render(str(self), headers, lines, "merge.cu")
 
     def __str__(self) -> str:
         layout = "" if self.layout == "padded" else f" {self.layout}"
-        return f"merge[out={self.q}{layout}{_named(self.schedule)}]"
+        queries = " many_queries" if self.many_queries else ""
+        return f"merge[out={self.q}{layout}{_named(self.schedule)}{queries}]"
 
     @classmethod
     def behind(cls, spec: DecodeSpec) -> MergeSpec:
         """What merges the partial results of a decode kernel."""
-        return cls(spec.q, spec.schedule, spec.layout if spec.schedule == "even" else "padded")
+        return cls(spec.q, spec.schedule, spec.layout if spec.schedule == "even" else "padded", spec.many_queries)
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,14 @@ def test_kernels_on_a_shared_prefix(emulate):
 
 
 def test_a_prefix_is_read_by_few():
-    """64 requests of 4 query heads a cache head: two folded requests of 128 columns, not 64."""
+    """64 requests of 4 query heads a cache head: 16 times 16 columns, not 64 times 4."""
     tree = Tree([[64], [1] * 64], [[5], [1] * 64], 1, 4)
     wrapper = Cascade(2, backend="numpy")
     tree.plan(wrapper)
     levels = wrapper._plan[0]
-    assert levels[0].rows.shape == (2, 32) and levels[1].rows is None
+    shared, alone = (level._tables for level in levels)
+    assert (shared.batch, shared.queries, shared.q_rows) == (16, 4, 64)
+    assert (alone.batch, alone.queries, alone.q_indptr) == (64, 1, None)
     tree.check(*wrapper.run(tree.q, tree.cache, **SCALES, return_lse=True), **SCALES)
 
 

@@ -101,8 +101,8 @@ def ring(machine):
 BUGS = [
     # Wrong results
     Bug(
-        "splits overlap", (PLAIN,), "decode.cu", "work.splits * kTurnRows;\n    const int row_in_turn",
-        "kTurnRows;\n    const int row_in_turn", SPLIT,
+        "splits overlap", (PLAIN,), "decode.cu", "(Schedule::kManyWorks ? 1 : work.splits) * kTurnRows",
+        "kTurnRows", SPLIT,
     ),
     Bug("a row too many", (PLAIN,), "mask.cuh", "return row < end &&", "return row <= end &&"),
     Bug("a window one short", (PLAIN,), "mask.cuh", "kv_len - 1 - window_left;", "kv_len - window_left;", WINDOWED),
@@ -125,9 +125,8 @@ BUGS = [
         "states[i].sum;", SPLIT,
     ),
     Bug(
-        "the wrong query heads", (PLAIN,), "decode.cu",
-        "(work.head_team * kHeads + head) * p.group_size + work.column_block",
-        "(work.head_team * kHeads + head) + work.column_block",
+        "the wrong query heads", (PLAIN,), "attention/query_rows.cuh",
+        "return {first, kv_head * p.columns + column};", "return {first, kv_head + column};",
     ),
     Bug("the wrong cache head", (PLAIN,), "layout/padded.cuh", "head * p.v_stride_head", "0 * p.v_stride_head"),
     Bug(
@@ -186,14 +185,14 @@ BUGS = [
     ),
     Bug(
         "results of columns without a head", (ADDRESS,), "decode.cu",
-        "return min_of(kColumns, p.group_size - work.column_block * kColumns);", "return kColumns;",
+        "return max_of(0, min_of(kColumns, of_head - first));", "return kColumns;",
     ),
     Bug(
         "shared memory past its end", (ADDRESS,), "attention/query.cuh", "* kTerms + i) * 32]", "* kTerms + i) * 33]",
     ),
     Bug(
-        "a static shared array too small", (ADDRESS,), "merge.cu", "kMostGroups = kThreads / 4;",
-        "kMostGroups = kThreads / 8;", NARROW_SPLIT, "out of bounds for type 'SoftmaxState",
+        "a static shared array too small", (ADDRESS,), "attention/parts.cuh", "states[THREADS / 4];",
+        "states[THREADS / 8];", NARROW_SPLIT, "out of bounds for type 'SoftmaxState",
     ),
     Bug(
         "a partial result read that nobody uses", (ADDRESS,), "attention/parts.cuh",
@@ -317,8 +316,8 @@ BUGS = [
         "if (first_tile || begin) ptx::sync_first<32 * WARPS>();", "", WIDE,
     ),
     Bug(
-        "no barrier in the merge", (THREAD,), "merge.cu", "    ptx::sync_threads();\n    if (group", "    if (group",
-        SPLIT,
+        "no barrier in the merge", (THREAD,), "attention/parts.cuh",
+        "        ptx::sync_first<THREADS>();\n        if (group", "        if (group", SPLIT,
     ),
     Bug(
         "no barrier between merges", (THREAD,), "merge.cu",

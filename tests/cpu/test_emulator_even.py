@@ -119,24 +119,28 @@ BUGS = [
         shares_of_pages,
     ),
     Bug(
-        "a cut one turn late", (PLAIN,), "schedule/even.cuh", "end_ = shares_.begin(place.part + 1);",
-        "end_ = shares_.begin(place.part + 1) - 1;", shares,
+        "a cut one box early", (PLAIN,), "schedule/even.cuh", "return shares_.begin(place_.part + 1);",
+        "return shares_.begin(place_.part + 1) - 1;", shares,
     ),
     Bug(
         "two parts of a share in one slot", (PLAIN,), "schedule/even.cuh",
         "2 * place_.part + (is_begun ? 0 : 1)", "2 * place_.part", shares,
     ),
     Bug(
-        "a part left out of the merge", (PLAIN,), "schedule/even.cuh", "shares.of_place(last_turn) - first + 1}",
-        "shares.of_place(last_turn) - first}", shares_and_merge,
+        "a part left out of the merge", (PLAIN,), "schedule/even.cuh",
+        "shares.of_place(at + boxes - 1) - first + 1}", "shares.of_place(at + boxes - 1) - first}", shares_and_merge,
     ),
     Bug(
-        "a part left out by the last CTA", (PLAIN,), "schedule/even.cuh", "of_place(at_ + turns - 1) - first + 1;",
-        "of_place(at_ + turns - 1) - first;", shares,
+        "a part left out by the last CTA", (PLAIN,), "schedule/even.cuh",
+        "shares.of_place(at + boxes - 1) - first + 1}", "shares.of_place(at + boxes - 1) - first}", shares,
     ),
     Bug(
         "a box of a page not begun", (PLAIN,), "layout/paged.cuh", "row >> p.box_shift << p.box_shift", "row",
         shares_of_pages,
+    ),
+    Bug(
+        "a work written over before it is done", (PLAIN, THREAD), "attention/work_queue.cuh",
+        "if (number >= kSlots) ptx::barrier_wait", "if (false) ptx::barrier_wait", shares,
     ),
     Bug(
         "boxes expected that a share does not have", (PLAIN,), "decode.cu", "rows * row_bytes, lane,",

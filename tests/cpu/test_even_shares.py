@@ -14,7 +14,7 @@ from cupy_fp8kv.jit.spec import MergeSpec
 from cupy_fp8kv.plan import MAX_WORKSPACE, plan_decode, specs
 from cupy_fp8kv.problem import Paging
 from cupy_fp8kv.ring_plans import LEAST_BOX_ROWS, MIN_RING_FILL, box_rows
-from cupy_fp8kv.schedule import TURNS_OF_A_REQUEST, even_shares, visible_rows
+from cupy_fp8kv.schedule import even_shares, visible_rows
 
 LENS = st.one_of(
     st.lists(st.integers(0, 3000), min_size=1, max_size=60),
@@ -23,11 +23,12 @@ LENS = st.one_of(
 )
 
 
-def check_shares(lens, window_left, turn_rows, count, least_turns, box_rows):
+def check_shares(lens, window_left, box_rows, count, least_boxes, request_boxes, paged):
     """Everything that decode.cu and merge.cu rely on."""
     found = even_shares(
-        lens, window_left=window_left, turn_rows=turn_rows, shares=count, least_turns=least_turns, box_rows=box_rows
-    )
+        lens, window_left=window_left, box_rows=box_rows, shares=count, least_boxes=least_boxes,
+        request_boxes=request_boxes, paged=paged,
+    )  # fmt: skip
     assert len(found) == count
     parts = {}
     for share, of_share in enumerate(found):
@@ -37,7 +38,7 @@ def check_shares(lens, window_left, turn_rows, count, least_turns, box_rows):
         for part in of_share:
             parts.setdefault(part.request, []).append((share, part))
 
-    # Every visible row once, in order; a request without rows has a turn all the same, which writes its result.
+    # Every visible row once, in order; a request without rows has a box all the same, which writes its result.
     assert sorted(parts) == list(range(len(lens)))
     for request, kv_len in enumerate(lens):
         begin = kv_len - visible_rows(kv_len, window_left)
@@ -45,9 +46,8 @@ def check_shares(lens, window_left, turn_rows, count, least_turns, box_rows):
         assert (of_request[0].begin, of_request[-1].end) == (begin, kv_len)
         assert all(a.end == b.begin for a, b in itertools.pairwise(of_request))
         assert all(part.begin < part.end for part in of_request) or len(of_request) == 1
-        first_row = begin // box_rows * box_rows
-        assert all((part.begin - first_row) % turn_rows == 0 for part in of_request[1:])
-        assert all(part.begin % box_rows == 0 for part in of_request[1:] if turn_rows % box_rows == 0)
+        first_row = begin // box_rows * box_rows if paged else begin
+        assert all((part.begin - first_row) % box_rows == 0 for part in of_request[1:])
 
     # Partial results: slots of their own, and as EvenSchedule::parts finds them.
     partial = [part.slot for of_share in found for part in of_share if not part.is_whole]
@@ -62,44 +62,47 @@ def check_shares(lens, window_left, turn_rows, count, least_turns, box_rows):
             ]
     assert sum(len(of_request) > 1 for of_request in parts.values()) <= count - 1
 
-    # Shares of one weight, to a turn; what a request costs beside its turns may lie on either side of a cut.
+    # Shares of one weight, to a box; what a request costs beside its boxes may lie on either side of a cut.
     weights = [
         sum(
-            max(1, -(-(part.end - part.begin // box_rows * box_rows) // turn_rows)) for part in of_share
+            max(1, -(-(part.end - (part.begin // box_rows * box_rows if paged else part.begin)) // box_rows))
+            for part in of_share
         )
         for of_share in found
     ]  # fmt: skip
-    length = sum(weights) + TURNS_OF_A_REQUEST * len(lens)
-    used = max(1, min(length // least_turns, count))
+    length = sum(weights) + request_boxes * len(lens)
+    used = max(1, min(length // least_boxes, count))
     assert all(not of_share for of_share in found[used:])
     longest = -(-length // used)
     for weight, of_share in zip(weights[:used], found, strict=False):
         whole = sum(part.end == lens[part.request] for part in of_share)
         assert weight <= longest
-        assert weight + TURNS_OF_A_REQUEST * (whole + 1) >= longest - 1
+        assert weight + request_boxes * (whole + 1) >= longest - 1
 
 
 @settings(max_examples=400, deadline=None)
 @given(
-    LENS, st.sampled_from([-1, 0, 500]), st.sampled_from([64, 128, 256]), st.integers(1, 140), st.integers(1, 16),
-    st.sampled_from([1, 16, 64]),
+    LENS, st.sampled_from([-1, 0, 500]), st.sampled_from([8, 32, 128]), st.integers(1, 140), st.integers(1, 16),
+    st.sampled_from([1, 4, 16]), st.booleans(),
 )  # fmt: skip
-@example([131_072] + [512] * 63, -1, 128, 132, 2, 1)
-@example([2**31 - 2**24] * 5, -1, 128, 16, 2, 16)
-@example([0] * 5, -1, 128, 132, 2, 1)
-def test_every_share(lens, window_left, turn_rows, count, least_turns, box_rows):
-    check_shares(lens, window_left, turn_rows, count, least_turns, box_rows)
+@example([131_072] + [512] * 63, -1, 32, 132, 8, 4, False)
+@example([2**31 - 2**24] * 5, -1, 16, 16, 2, 8, True)
+@example([0] * 5, -1, 128, 132, 2, 1, False)
+def test_every_share(lens, window_left, box_rows, count, least_boxes, request_boxes, paged):
+    check_shares(lens, window_left, box_rows, count, least_boxes, request_boxes, paged)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_large_batches(seed):
     print(f"seed {seed}")
-    lens, count, least_turns = random_shares(seed)
-    check_shares(lens, (-1, 700)[seed % 2], 128, count, least_turns, (1, 32)[seed % 2])
+    lens, count, least_boxes = random_shares(seed)
+    check_shares(lens, (-1, 700)[seed % 2], 32, count, least_boxes, (4, 1)[seed % 2], bool(seed % 2))
 
 
 def test_one_huge_request_is_shared_by_all():
-    found = even_shares([131_072] + [512] * 63, window_left=-1, turn_rows=128, shares=16, least_turns=2)
+    found = even_shares(
+        [131_072] + [512] * 63, window_left=-1, box_rows=32, shares=16, least_boxes=8, request_boxes=4
+    )
     sizes = [sum(part.end - part.begin for part in of_share) for of_share in found]
     assert sum(part.request == 0 for of_share in found for part in of_share) >= 12 and min(sizes) > 0.5 * max(sizes)
 
@@ -151,7 +154,7 @@ def test_another_team_where_the_first_leaves_much_of_the_device_idle():
     [
         ragged(64, 16_384, group=17), ragged(1, 1024), ragged(64, 16_384, head_dim=256, k="f16", v="f16"),
         dataclasses.replace(ragged(64, 16_384), v_strides=(1 << 24, -1024, 128)),
-        dataclasses.replace(ragged(64, 16_384), paging=Paging(8, 4096, 16_384, 0)),
+        dataclasses.replace(ragged(64, 16_384), paging=Paging(4, 4096, 16_384, 0)),
         dataclasses.replace(ragged(64, 16_384), ragged=False),
     ],
     ids=["column blocks", "short", "long rows", "backwards", "small pages", "equal requests"],
@@ -168,7 +171,7 @@ def test_partial_results_of_many_heads_do_not_exceed_the_workspace():
 
 
 def test_boxes_of_pages_are_as_long_as_pages_allow():
-    for page_size, rows in ((16, 16), (48, 16), (80, 16), (96, 32), (64, 64), (512, 128)):
+    for page_size, rows in ((8, 8), (24, 8), (16, 16), (48, 16), (80, 16), (96, 32), (64, 64), (512, 128)):
         problem = dataclasses.replace(ragged(64, 16_384), paging=Paging(page_size, 4096, 16_384, 0))
         plan = plan_decode(problem, H100)
         assert plan.spec.schedule == "even" and box_rows(problem, plan.spec) == rows

@@ -330,12 +330,12 @@ def test_the_workspace_for_any_length_is_enough_for_each(batch, num_kv_heads):
     ("page_size", "k_strides", "has_ring"),
     [
         (16, (16384, 1024, 128), True), (48, (49152, 1024, 128), True), (1, (1024, 1024, 128), False),
-        (24, (24576, 1024, 128), False), (8, (8192, 1024, 128), False), (16, (-16384, 1024, 128), False),
+        (24, (24576, 1024, 128), True), (4, (4096, 1024, 128), False), (16, (-16384, 1024, 128), False),
         (256, (262144, 1024, 128), True), (256, (262144, 0, 128), False),
     ],
 )  # fmt: skip
 def test_which_pages_are_read_by_rings(page_size, k_strides, has_ring):
-    """The copy engine takes whole boxes of a page, of 16 rows or more."""
+    """The copy engine takes whole boxes of a page, of 8 rows or more."""
     case = paged(16, group=4, num_kv_heads=8, batch=1, kv_len=32, lens=(32,))
     problem = dataclasses.replace(
         case.base.problem, kv_len=131072, batch=16, k_strides=k_strides, v_strides=(page_size * 1024, 1024, 128),

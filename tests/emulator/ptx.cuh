@@ -136,6 +136,8 @@ DEVICE u32 shuffle(u32 x, int lane, CALL_SITE) { return emulator::shuffle(x, lan
 DEVICE float shuffle_xor(float x, int mask, CALL_SITE) {
     return shuffle(x, static_cast<int>(threadIdx.x % 32) ^ mask, at);
 }
+DEVICE void prefetch(const u8*) {}
+DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE void sync_threads(CALL_SITE) { emulator::sync_threads(at); }
 template <int COUNT>
 DEVICE void sync_first(CALL_SITE) {
