@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="the same as JSON")
 
     everything = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
-    alike = " and ".join(f"sm_{arch} (like sm_{other})" for arch, other in ALIKE.items())
+    alike = ", ".join(f"{chosen} for sm_{arch} (like sm_{other})" for arch, (other, chosen) in ALIKE.items())
     compile_ = command(
         "compile", _compile, "compile kernels for any architecture, without a GPU",
         "Compiles specialisations with NVRTC and shows what each takes: registers, spills, stack, shared memory.\n"
@@ -105,9 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compile_.add_argument(
         "--set", choices=tuple(SETS),
-        help="which specialisations: the common ones and pairs of all properties (covering), what planners choose for "
-        "E4M3 at common head dimensions (defaults), all pairs of formats, all head dimensions, or what tune may choose "
-        f"(options); default covering, and defaults for {alike}",
+        help="which specialisations: the common ones and pairs of all properties (covering), those of them that may "
+        "convert FP8 (conversions), what planners choose for E4M3 at common head dimensions (defaults), all pairs of "
+        f"formats, all head dimensions, or what tune may choose (options); default covering, but {alike}",
     )  # fmt: skip
     compile_.add_argument("--match", metavar="TEXT", default="", help="only those whose printed form contains TEXT")
     compile_.add_argument("--quiet", action="store_true", help="list only those that fail")

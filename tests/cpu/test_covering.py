@@ -6,6 +6,7 @@ import re
 import pytest
 
 from cupy_fp8kv import offline, plan
+from cupy_fp8kv.bench import limit
 from cupy_fp8kv.formats import KV_FORMATS
 from cupy_fp8kv.jit import covering, sources
 from cupy_fp8kv.jit.compiler import ARCHITECTURES
@@ -24,19 +25,34 @@ def test_pairwise_covers_every_pair_with_few_choices():
     assert 20 <= len(chosen) <= 25
 
 
-@pytest.mark.parametrize(("arch", "other"), covering.ALIKE.items())
-def test_architectures_of_which_only_defaults_are_compiled_are_like_another(arch, other):
-    """Neither planners nor guards in the sources tell them apart, so the whole set of the other says what this does."""
+def guards(arch):
+    """What the sources' guards answer on an architecture, by their limits."""
+    limits = re.findall(r"__CUDA_ARCH__ >= (\d+)", sources.FILES["base/ptx.cuh"])
+    assert len(limits) == len(re.findall(r"^#.*__CUDA_ARCH__", "".join(sources.FILES.values()), re.M)) == 3
+    return {int(limit): 10 * arch >= int(limit) for limit in limits}
+
+
+@pytest.mark.parametrize(("arch", "other"), [(arch, other) for arch, (other, _) in covering.ALIKE.items()])
+def test_what_is_left_out_is_compiled_for_an_architecture_like_it(arch, other):
+    """Neither planners nor guards in the sources tell the two apart in what is left out."""
     assert {arch, other} <= set(ARCHITECTURES) and other not in covering.ALIKE
-    for name, of_set in covering.SETS.items():
-        assert of_set(arch) == of_set(other), name
-    limits = {int(limit) for limit in re.findall(r"__CUDA_ARCH__ >= (\d+)", sources.FILES["base/ptx.cuh"])}
-    guards = len(re.findall(r"^#.*__CUDA_ARCH__", "".join(sources.FILES.values()), re.M))
-    assert limits == {890, 900} and guards == 3
-    assert all((10 * arch >= limit) == (10 * other >= limit) for limit in limits)
-    defaults = offline.jobs(None, [arch])
-    assert defaults == offline.jobs("defaults", [arch]) and {at for _, at in defaults} == {arch}
-    assert {str(spec) for spec, _ in defaults} < {str(spec) for spec, _ in offline.jobs(None, [other])}
+    usual = [spec for spec, _ in offline.jobs(None, [arch]) if spec not in limit.SPECS]
+    left_out = set(covering.covering_specs(arch)) - set(usual)
+    assert left_out and left_out < set(covering.covering_specs(other))
+    assert set(usual) < set(covering.covering_specs(arch)) and {at for _, at in offline.jobs(None, [arch])} == {arch}
+    differ = {limit for limit, answer in guards(arch).items() if answer != guards(other)[limit]}
+    if differ:
+        # The conversion of FP8, which decode needs for E4M3 alone.
+        assert differ == {890} and all(spec.entry == "decode" for spec in left_out)
+        assert not any("e4m3" in (spec.k, spec.v) for spec in left_out)
+
+
+def test_decode_of_e5m2_does_not_convert():
+    """Its codes are the upper bytes of fp16 numbers, on every architecture."""
+    text = sources.FILES["kv_format/e5m2.cuh"]
+    decode = re.search(r"DEVICE void decode_word\(.*?\n    }\n", text, re.S)
+    assert decode and "permute_bytes" in decode[0] and not re.search(r"#|e5m2x2|FP8_HARDWARE", decode[0])
+    assert decode.end() < text.index("#if FP8_HARDWARE")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
