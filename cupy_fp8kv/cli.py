@@ -13,7 +13,7 @@ from typing import Any
 from . import __version__, terminal
 from .formats import KV_FORMATS
 from .jit.compiler import ARCHITECTURES
-from .jit.covering import SETS
+from .jit.covering import ALIKE, SETS
 
 INTERRUPTED = 130
 _EXIT_CODES = "exit codes: 0 all is well, 1 a failure (wrong result, compile error, spill, no GPU), 2 usage, 130 Ctrl-C"
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="the same as JSON")
 
     everything = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
+    alike = ", ".join(f"{chosen} for sm_{arch} (like sm_{other})" for arch, (other, chosen) in ALIKE.items())
     compile_ = command(
         "compile", _compile, "compile kernels for any architecture, without a GPU",
         "Compiles specialisations with NVRTC and shows what each takes: registers, spills, stack, shared memory.\n"
@@ -103,9 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         "--arch", type=_architectures, default=list(ARCHITECTURES), metavar="LIST", help=f"default {everything}"
     )
     compile_.add_argument(
-        "--set", choices=tuple(SETS), default="covering",
-        help="which specialisations: the common ones and pairs of all properties (covering, the default), all pairs of "
-        "formats, all head dimensions, or what tune may choose (options)",
+        "--set", choices=tuple(SETS),
+        help="which specialisations: the common ones and pairs of all properties (covering), those of them that may "
+        "convert FP8 (conversions), what planners choose for E4M3 at common head dimensions (defaults), all pairs of "
+        f"formats, all head dimensions, or what tune may choose (options); default covering, but {alike}",
     )  # fmt: skip
     compile_.add_argument("--match", metavar="TEXT", default="", help="only those whose printed form contains TEXT")
     compile_.add_argument("--quiet", action="store_true", help="list only those that fail")
@@ -200,7 +202,8 @@ def _compile(options: argparse.Namespace) -> int:
 
     jobs = offline.jobs(options.set, options.arch, options.match)
     if not jobs:
-        options.parser.error(f"--match: no specialisation of set {options.set} contains {options.match!r}")
+        of_set = f"of set {options.set}" if options.set else "compiled by default"
+        options.parser.error(f"--match: no specialisation {of_set} contains {options.match!r}")
     reports, seconds = offline.compile_all(jobs)
     terminal.console().print(offline.render(reports, options.arch, seconds, options.quiet))
     for report in reports:

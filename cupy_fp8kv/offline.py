@@ -7,25 +7,27 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from rich.text import Text
 
 from . import terminal
 from .bench import limit
-from .jit import sources
-from .jit.compiler import CompileReport, compile_offline
-from .jit.covering import SETS
+from .jit import nvrtc, sources
+from .jit.compiler import CompileReport, compile_module
+from .jit.covering import SETS, usual_set
 from .jit.spec import Spec
 
 Job = tuple[Spec, int]
 
 
-def jobs(name: str, archs: list[int], match: str = "") -> list[Job]:
-    """The specialisations of a set that contain ``match``, for each architecture."""
-    found = [(spec, arch) for arch in archs for spec in (*SETS[name](arch), *cast("tuple[Spec, ...]", limit.SPECS))]
+def jobs(name: str | None, archs: list[int], match: str = "") -> list[Job]:
+    """The specialisations of a set (None: the usual one of each) that contain ``match``, for each architecture."""
+    found: list[tuple[Any, int]] = []
+    for arch in archs:
+        found += [(spec, arch) for spec in (*SETS[name or usual_set(arch)](arch), *limit.SPECS)]
     return [(spec, arch) for spec, arch in found if match in str(spec)]
 
 
@@ -33,37 +35,69 @@ def is_bad(report: CompileReport) -> bool:
     return bool(report.error or report.spill_bytes)
 
 
-def _compile(job: Job) -> CompileReport:
-    return replace(compile_offline(*job), cubin=b"")
+def _compile(specs: list[Spec], arch: int) -> list[CompileReport]:
+    return [replace(report, cubin=b"") for report in compile_module(specs, arch)]
 
 
-def compile_all(wanted: list[Job]) -> tuple[list[CompileReport], float]:
-    """The reports in the order of ``wanted``, and the wall time. terminal.CommandError if there is no NVRTC."""
+def _version() -> str:
+    """NVRTC's; terminal.CommandError if there is none."""
     try:
         from cupy.cuda import nvrtc
 
-        version = ".".join(map(str, nvrtc.getVersion()))
+        return ".".join(map(str, nvrtc.getVersion()))
     except Exception as error:  # a missing or broken installation raises whatever it likes
         raise terminal.CommandError(
             f'compiling needs CuPy and NVRTC ({error}): pip install "cupy_fp8kv[cuda12]" (or cuda13)'
         ) from error
-    workers = min(os.cpu_count() or 1, len(wanted))
+
+
+def _check_known(archs: list[int], version: str) -> None:
+    """terminal.CommandError that names the architectures that NVRTC does not compile for: none is left out unsaid."""
+    known = nvrtc.known_archs()
+    unknown, rest = (
+        ",".join(f"sm_{arch}" for arch in archs if (arch in known) is is_known) for is_known in (False, True)
+    )
+    if unknown:
+        raise terminal.CommandError(
+            f"NVRTC {version} does not compile for {unknown}: install the newest nvidia-cuda-nvrtc-cu12 (CUDA 13: "
+            f"nvidia-cuda-nvrtc)" + (f", or leave them out: --arch {rest}" if rest else "")
+        )
+
+
+def compile_all(wanted: list[Job]) -> tuple[list[CompileReport], float]:
+    """The reports in the order of ``wanted``, and the wall time.
+
+    terminal.CommandError if there is no NVRTC, or one that does not know an architecture.
+    """
+    version = _version()
+    _check_known(list(dict.fromkeys(arch for _, arch in wanted)), version)
+    modules: dict[tuple[str, int], list[int]] = {}
+    for index, (spec, arch) in enumerate(wanted):
+        modules.setdefault((spec.source(), arch), []).append(index)
+    workers = min(os.cpu_count() or 1, len(modules))
     print(f"compiling {len(wanted)} kernels on {workers} cores with NVRTC {version}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     # Ctrl-C reaches all processes of a terminal; workers inherit that they ignore it, and this one ends them.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        order = {pool.submit(_compile, job): index for index, job in enumerate(wanted)}
+        running = {
+            pool.submit(_compile, [wanted[index][0] for index in indices], arch): indices
+            for (_, arch), indices in modules.items()
+        }
     finally:
         signal.signal(signal.SIGINT, previous)
     try:
         with terminal.progress() as bar:
             task = bar.add_task("compiling", total=len(wanted))
-            for _ in as_completed(order):
-                bar.advance(task)
-        done: list[Future[CompileReport]] = sorted(order, key=order.__getitem__)
-        return [future.result() for future in done], time.perf_counter() - started
+            for future in as_completed(running):
+                bar.advance(task, len(running[future]))
+        reports = {
+            index: report
+            for future, indices in running.items()
+            for index, report in zip(indices, future.result(), strict=True)
+        }
+        return [reports[index] for index in range(len(wanted))], time.perf_counter() - started
     finally:
         pool.shutdown(cancel_futures=True)
 

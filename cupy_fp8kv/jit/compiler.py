@@ -22,7 +22,7 @@ from .device import device_info, driver, ensure_context, on_device, require_cupy
 from .spec import DecodeSpec, Spec
 
 #: Architectures that kernels are compiled for in CI. Any other from sm_80 on may work.
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120)
 #: Below this, a kernel may use shared memory without asking for it.
 _FREE_SHARED_BYTES = 48 * 1024
 #: A compilation that takes longer says what is going on.
@@ -197,13 +197,24 @@ class CompileReport:
 
 def compile_offline(spec: Spec, arch: int) -> CompileReport:
     """Compile ``spec`` for sm_``arch`` with NVRTC alone: no GPU and no driver needed, nothing is cached."""
+    return compile_module([spec], arch)[0]
+
+
+def compile_module(specs: Sequence[Spec], arch: int) -> list[CompileReport]:
+    """:func:`compile_offline` for entry points of one source, which is compiled once. They share the seconds."""
     started = time.perf_counter()
+    cubin, log, error = b"", "", ""
     try:
-        cubin, log = nvrtc.compile_source(spec.source(), arch, "--ptxas-options=-v")
-    except nvrtc.CompileError as error:
-        return CompileReport(spec, arch, time.perf_counter() - started, error=str(error))
-    seconds = time.perf_counter() - started
-    log = _of_entry(log, spec.entry)
+        cubin, log = nvrtc.compile_source(specs[0].source(), arch, "--ptxas-options=-v")
+    except nvrtc.CompileError as failure:
+        error = str(failure)
+    seconds = (time.perf_counter() - started) / len(specs)
+    if error:
+        return [CompileReport(spec, arch, seconds, error=error) for spec in specs]
+    return [_report(spec, arch, seconds, cubin, _of_entry(log, spec.entry)) for spec in specs]
+
+
+def _report(spec: Spec, arch: int, seconds: float, cubin: bytes, log: str) -> CompileReport:
     return CompileReport(
         spec, arch, seconds,
         registers=_number(r"Used (\d+) registers", log),

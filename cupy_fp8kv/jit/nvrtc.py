@@ -37,10 +37,14 @@ def compile_source(source: str, arch: int, *more: str) -> tuple[bytes, str]:
 
 def nearest_arch(arch: int) -> int:
     """The newest architecture that NVRTC knows and a device of sm_``arch`` runs; ``arch`` itself if there is none."""
+    return max((one for one in known_archs() if one // 10 == arch // 10 and one <= arch), default=arch)
+
+
+def known_archs() -> list[int]:
+    """What NVRTC compiles for: 90 for sm_90."""
     from cupy.cuda import nvrtc
 
-    known = (int(one) for one in nvrtc.getSupportedArchs())
-    return max((one for one in known if one // 10 == arch // 10 and one <= arch), default=arch)
+    return [int(one) for one in nvrtc.getSupportedArchs()]
 
 
 def library() -> str | None:

@@ -370,7 +370,7 @@ def test_a_second_process_loads_neither_nvrtc_nor_threads(tmp_path):
     assert len(list((tmp_path / "cupy_fp8kv_kernels").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("arch", "nearest"), [(90, 90), (89, 89), (88, 87), (121, 120), (130, 130)])
+@pytest.mark.parametrize(("arch", "nearest"), [(90, 90), (89, 89), (88, 87), (103, 100), (121, 120), (130, 130)])
 def test_the_nearest_architecture(monkeypatch, arch, nearest):
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(cupy.cuda.nvrtc, "getSupportedArchs", lambda: (80, 86, 87, 89, 90, 100, 120))

@@ -2,7 +2,6 @@
 // Included before a kernel's own text, which is compiled as it is. runtime.cpp and warp.cpp are objects of their own,
 // never instrumented by a sanitizer: what they do for all threads at once is not an access of any thread.
 #pragma once
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _COMMON = ("-std=c++17", "-fPIC", "-w")
+#: With sanitizers most of the time goes into compiling, and what is optimised away they do not see.
+_SANITIZED = ("-O0", "-g1", "-fno-omit-frame-pointer")
 #: The runtime sees every thread's memory. It is the same object in all modes.
 _RUNTIME = ("g++", *_COMMON, "-O2", "-g", "-fcf-protection=none", "-fno-tree-loop-distribute-patterns")
 
@@ -62,8 +64,7 @@ MODES = {
         Mode(
             "address", ("g++",),
             (
-                "-O1", "-g1", "-fno-gnu-unique", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
-                "-fsanitize-recover=address", "-fno-var-tracking",
+                *_SANITIZED, "-fno-gnu-unique", "-fsanitize=address,undefined", "-fsanitize-recover=address",
             ),
             "libasan",
             (
@@ -74,7 +75,7 @@ MODES = {
         ),
         Mode(
             "thread", ("clang++-19", "clang++-20", "clang++-18"),
-            ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"),
+            (*_SANITIZED, "-fsanitize=thread"),
             "libclang_rt.tsan",
             (
                 ("TSAN_OPTIONS", "exitcode=0:halt_on_error=0:report_thread_leaks=0:allow_addr2line=1"),
