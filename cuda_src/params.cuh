@@ -259,6 +259,6 @@ struct ReadParams {
     i64 v_bytes;
     // Of pages.
     const int* page_indices; // pages of K and of V, in the order in which they are read; or null
-    i64 page_bytes;
-    Divisor page_words;      // 16-byte words of a page
+    Divisor k_page_words;    // 16-byte words of a page
+    Divisor v_page_words;
 };

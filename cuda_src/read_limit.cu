@@ -12,11 +12,11 @@ constexpr int kTile = kUnroll * kStep;
 constexpr u32 kUnlikely = 0x5bd1e995u;
 
 // Where the bytes lie that are read as number `begin` and after.
-DEVICE const u8* place(const ReadParams& p, const u8* array, i64 begin) {
+DEVICE const u8* place(const ReadParams& p, const u8* array, const Divisor& page_words, i64 begin) {
     if constexpr (!kPaged) return array + begin;
-    const int word = static_cast<int>(begin / 16), entry = p.page_words.quotient(word);
+    const int word = static_cast<int>(begin / 16), entry = page_words.quotient(word);
     const i64 page = static_cast<int>(ptx::load_4(p.page_indices + entry));
-    return array + page * p.page_bytes + 16 * p.page_words.remainder(word, entry);
+    return array + 16 * (page * page_words.value + page_words.remainder(word, entry));
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) read_limit(const __grid_constant__ ReadParams p) {
@@ -27,19 +27,20 @@ extern "C" __global__ void __launch_bounds__(kThreads) read_limit(const __grid_c
         const i64 begin = (of_k ? tile : tile - k_tiles) * kTile + 16 * threadIdx.x;
         const i64 left = (of_k ? p.k_bytes : p.v_bytes) - begin;
         const u8* array = of_k ? p.k : p.v;
+        const Divisor page_words = of_k ? p.k_page_words : p.v_page_words;
         const u8* places[kUnroll];
         u32 words[kUnroll][4];
         // All places before the first load: loads are issued in order, and each would wait for its entry of the list.
         if (left > (kUnroll - 1) * kStep) {
 #pragma unroll
-            for (int i = 0; i < kUnroll; i++) places[i] = place(p, array, begin + i * kStep);
+            for (int i = 0; i < kUnroll; i++) places[i] = place(p, array, page_words, begin + i * kStep);
 #pragma unroll
             for (int i = 0; i < kUnroll; i++) ptx::load_once<16>(words[i], places[i]);
         } else {
 #pragma unroll
             for (int i = 0; i < kUnroll; i++) {
                 for (u32& word : words[i]) word = 0;
-                if (i * kStep < left) ptx::load_once<16>(words[i], place(p, array, begin + i * kStep));
+                if (i * kStep < left) ptx::load_once<16>(words[i], place(p, array, page_words, begin + i * kStep));
             }
         }
 #pragma unroll

@@ -119,9 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         "--from ragged.json --plot ragged.png", "--suite start",
     )  # fmt: skip
     bench.add_argument(
-        "--suite", choices=("decode", "ragged", "small", "formats", "start"), default="decode",
+        "--suite", choices=("decode", "ragged", "small", "formats", "paged", "cache", "start"), default="decode",
         help="large batches (decode, the default), lengths that differ (ragged), single requests (small), formats with "
-        "layouts, scales and groups (formats), or the time from starting Python to the first result (start)",
+        "layouts, scales and groups (formats), caches in pages that lie in random order (paged), what writes, moves, "
+        "merges and shares parts of caches (cache), or the time from starting Python to the first result (start)",
     )  # fmt: skip
     bench.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
     bench.add_argument(

@@ -45,11 +45,11 @@ SPECS = tuple(dict.fromkeys(replace(spec, paged=paged) for paged in (False, True
 
 @dataclass(frozen=True)
 class ReadPages:
-    """The first ``nbytes`` of pages of ``page_bytes`` bytes, as ``indices`` (CuPy, int32) puts them in order."""
+    """The first ``k_bytes`` and ``v_bytes`` of pools of pages, which ``indices`` (CuPy, int32) puts in order."""
 
     indices: Any
-    page_bytes: int
-    nbytes: int
+    k_bytes: int
+    v_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,23 @@ class ReadLimit:
 
     def _launch(self, spec: ReadSpec, ctas_per_sm: int, k: Any, v: Any, pages: ReadPages | None) -> None:
         kernel = compiler.load(cast(Any, spec), self._device)
-        k_bytes, v_bytes = (pages.nbytes, pages.nbytes) if pages else (k.nbytes, v.nbytes)
-        table = (pages.indices.data.ptr, pages.page_bytes) if pages else (0, 16)
-        words = divisors(page_words=table[1] // 16).values()
+        k_bytes, v_bytes = (pages.k_bytes, pages.v_bytes) if pages else (k.nbytes, v.nbytes)
+        indices = pages.indices.data.ptr if pages else 0
+        page_words = {name: array.nbytes // len(array) // 16 if pages else 1 for name, array in (("k", k), ("v", v))}
         tile = 16 * spec.unroll * spec.threads
         grid = ctas_per_sm * self._sms or max(1, -(-k_bytes // tile) + -(-v_bytes // tile))
         stream = self._cupy.cuda.get_current_stream().ptr
+        words = divisors(**page_words).values()
         with self._params.lock:
-            self._params.write(k.data.ptr, v.data.ptr, self._sink.data.ptr, k_bytes, v_bytes, *table, *words)
+            self._params.write(k.data.ptr, v.data.ptr, self._sink.data.ptr, k_bytes, v_bytes, indices, *words)
             launch_kernel()(kernel.handle, grid, 1, 1, spec.threads, 1, 1, 0, stream, self._params.address, 0)
 
     def measure(self, sets: Sequence[tuple[Any, Any]], pages: ReadPages | None = None) -> Limit:
         """The limit of pairs of contiguous CuPy arrays, of equal sizes and of a multiple of 16 bytes each.
 
-        ``pages``: what of each array is read, and in which order; None: all of it. At most 32 GB of an array.
+        ``pages``: the arrays are pools of pages, of which so much is read in this order, at most 32 GB of each.
         """
-        nbytes = 2 * pages.nbytes if pages else sets[0][0].nbytes + sets[0][1].nbytes
+        nbytes = pages.k_bytes + pages.v_bytes if pages else sets[0][0].nbytes + sets[0][1].nbytes
         variants = [(replace(spec, paged=pages is not None), ctas_per_sm) for spec, ctas_per_sm in VARIANTS]
         compiler.load_all(cast(Any, [spec for spec, _ in variants]), self._device)
 

@@ -22,7 +22,7 @@ from .timing import METHOD, host_us, time_calls
 def measure(shape: Shape, filler: Filler, reader: ReadLimit, *, fp16: bool) -> Row:
     cupy = require_cupy()
     inputs = InputSets.of(shape, filler)
-    limit = reader.measure(inputs.pieces)
+    limit = reader.measure(inputs.pieces, inputs.pages)
     timing = time_calls(cupy, inputs.call, len(inputs), shape.kv_bytes)
     error = inputs.error()  # of a replay's result
     host = host_us(cupy, inputs.call, len(inputs))

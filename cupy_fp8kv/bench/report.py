@@ -73,7 +73,11 @@ class Row:
         values = {**asdict(self.shape), **asdict(self)}
         del values["shape"]
         values["peers"] = {name: asdict(figure) for name, figure in self.peers.items()}
-        derived = {"fraction": self.fraction, "gb_per_second": self.gb_per_second, "fp16_speedup": self.speedup}
+        derived: dict[str, Any] = {
+            "fraction": self.fraction, "gb_per_second": self.gb_per_second, "fp16_speedup": self.speedup,
+        }  # fmt: skip
+        if self.shape.page_size:
+            derived |= {"shape": self.shape.unpaged_name, "of_limit": self.fraction}
         return {**values, **derived}
 
     @classmethod

@@ -110,4 +110,5 @@ def max_fraction(row: Row, peers: list[str]) -> float | None:
 
 def _describe(shape: Shape) -> str:
     rows = str(shape.kv_len) if shape.kv_lens is None else f"{min(shape.kv_lens)}…{max(shape.kv_lens)}"
-    return f"{shape.batch} × {rows}, {shape.num_qo_heads}/{shape.num_kv_heads}, {shape.head_dim}"
+    pages = f", pages of {shape.page_size}" if shape.page_size else ""
+    return f"{shape.batch} × {rows}, {shape.num_qo_heads}/{shape.num_kv_heads}, {shape.head_dim}{pages}"

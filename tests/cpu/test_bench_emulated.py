@@ -21,6 +21,12 @@ SHAPES = (
     Shape("mixed", 2, 48, 6, 2, 64, q="bf16", k="f16", v="e5m2", kv_layout="HND"),
     Shape("scaled", 1, 64, 3, 3, 16, head_scales=True),
 )
+PAGED = (
+    SHAPES[0].in_pages(16),
+    SHAPES[1].in_pages(5),
+    SHAPES[2].in_pages(8, "HND"),
+    SHAPES[3].in_pages(1),
+)
 
 
 class DeviceArray(emulator.EmulatedArray):
@@ -100,24 +106,26 @@ def bench(emulate, monkeypatch):
     monkeypatch.setattr(measure, "machine_record", lambda: {"device": "emulated", "cupy": "0", "driver_cuda": "0"})
     monkeypatch.setattr(command, "cupy_problem", lambda: None)
     monkeypatch.setitem(suites.SUITES, "decode", SHAPES)
+    monkeypatch.setitem(suites.SUITES, "paged", PAGED)
     return cupy
 
 
-def test_a_run_of_the_benchmark(bench, monkeypatch, tmp_path, capsys):
-    handed = []
+@pytest.mark.parametrize("suite", ["decode", "paged"])
+def test_a_run_of_the_benchmark(suite, bench, monkeypatch, tmp_path, capsys):
+    shapes, handed = suites.SUITES[suite], []
     monkeypatch.setattr(
         peer_process, "measure", lambda systems, shapes: handed.append([one.name for one in shapes]) or ({}, {})
     )
     path = tmp_path / "record.json"
-    assert cli.main(["bench", "--suite", "decode", "--json", str(path), "--peers", "torch"]) == 0
-    assert handed == [[shape.name for shape in SHAPES]]
+    assert cli.main(["bench", "--suite", suite, "--json", str(path), "--peers", "torch"]) == 0
+    assert handed == [[shape.name for shape in shapes]]
     report = Report.of(json.loads(path.read_text(encoding="utf-8")))
-    assert [row.shape for row in report.rows] == list(SHAPES) and not report.wrong
+    assert [row.shape for row in report.rows] == list(shapes) and not report.wrong
     for row in report.rows:
         assert row.us == row.limit_us == 250.0 and row.fp16_us == 250.0 and row.host_us == 7.5
         assert row.kv_bytes == row.shape.kv_bytes and row.error > 1e-5
     printed = capsys.readouterr().out
-    assert all(shape.name in printed for shape in SHAPES) and "emulated" in printed
+    assert all(shape.name in printed for shape in shapes) and "emulated" in printed
 
 
 def test_a_wrong_kernel_fails_the_run(bench, monkeypatch):
@@ -133,7 +141,7 @@ def test_a_wrong_kernel_fails_the_run(bench, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(cupy_fp8kv, "DecodePlan"), reason="there are no plans")
 def test_a_plan_is_measured_beside_the_call(bench):
-    for shape in SHAPES:
+    for shape in (*SHAPES, *PAGED):
         row = measure.measure(shape, inputs.Filler(), limit.ReadLimit(), fp16=False)
         assert row.plan_us == 250.0 and row.plan_host_us == 7.5 and not row.wrong
 
@@ -167,6 +175,25 @@ def test_the_limit_reads_every_byte_and_no_other(bench, emulate):
     readable[0][1][...] = False
     with emulate.watching(*readable), pytest.raises(RuntimeError, match="read"):
         limit.ReadLimit().measure(sets.pieces)
+
+
+@pytest.mark.parametrize("shape", PAGED, ids=lambda shape: shape.name)
+def test_the_limit_reads_as_many_bytes_of_the_pages_in_their_order(shape, bench, emulate):
+    sets = inputs.InputSets.of(shape, inputs.Filler(), 2)
+    order = sets.tables[1]
+    assert sorted(order) == list(range(shape.cache_shape[0])) != list(order)
+    pages = sets.pages
+    readable = []
+    for k, v in sets.caches:
+        for cache in (k, v):
+            row = shape.num_kv_heads * shape.head_dim * cache.itemsize
+            may = np.zeros((len(cache), cache[0].nbytes), bool)
+            for place, page in enumerate(order):
+                may[page, : max(0, sum(shape.lengths) * row - place * cache[0].nbytes)] = True
+            assert may.sum() == sum(shape.lengths) * row
+            readable.append((cache.reshape(len(cache), -1).view(np.uint8), may))
+    with emulate.watching(*readable):
+        limit.ReadLimit().measure(sets.pieces, pages)
 
 
 def test_shapes_are_copied_with_their_lengths():

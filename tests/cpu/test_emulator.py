@@ -157,13 +157,10 @@ UNLIKELY = np.uint32(0x5BD1E995)
 def read(emulate, k, v, nbytes, indices=None):
     """What the read kernel would store. Of pages as ``indices`` puts them in order: their first ``nbytes``."""
     sink = move(np.zeros(1, np.uint32))
-    page = 16 if indices is None else k[0].nbytes
-    value, multiplier, shift = divisors(n=page // 16).values()
+    value, multiplier, shift = divisors(page_words=1 if indices is None else k[0].nbytes // 16).values()
+    words = value | multiplier << 32, shift | value << 32, multiplier | shift << 32
     pages = 0 if indices is None else indices
-    emulate.call(
-        ReadSpec(4, 128, indices is not None), 3, k, v, sink, nbytes, nbytes, pages, page, value | multiplier << 32,
-        shift,
-    )  # fmt: skip
+    emulate.call(ReadSpec(4, 128, indices is not None), 3, k, v, sink, nbytes, nbytes, pages, *words)
     return sink[0]
 
 
