@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -145,10 +147,11 @@ SUITES = {"decode": _DECODE, "ragged": _RAGGED, "small": _SMALL, "formats": _for
 BASES = {"formats": "e4m3"}
 
 
-def chosen(suite: str, prefixes: list[str]) -> list[Shape]:
-    """The shapes of a suite whose names start with one of ``prefixes``; all without any. ValueError if none does."""
-    shapes = [shape for shape in SUITES[suite] if not prefixes or shape.name.startswith(tuple(prefixes))]
-    if not shapes:
-        names = ", ".join(shape.name for shape in SUITES[suite])
+def chosen(suite: str, known: Sequence[Any], prefixes: list[str]) -> list[Any]:
+    """Of what is known of a suite that whose name starts with one of ``prefixes``; all without any. ValueError if none
+    does."""
+    found = [one for one in known if not prefixes or one.name.startswith(tuple(prefixes))]
+    if not found:
+        names = ", ".join(one.name for one in known)
         raise ValueError(f"no shape of suite {suite} starts with {' or '.join(prefixes)}; it has {names}")
-    return shapes
+    return found

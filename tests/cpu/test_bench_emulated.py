@@ -11,8 +11,22 @@ import pytest
 
 import cupy_fp8kv
 from cupy_fp8kv import arrays, cli
-from cupy_fp8kv.bench import command, inputs, limit, measure, peer_process, suites, timing
+from cupy_fp8kv.bench import (
+    command,
+    inputs,
+    limit,
+    measure,
+    operation,
+    operations,
+    peer_process,
+    shared_prefix,
+    suites,
+    timing,
+)
+from cupy_fp8kv.bench.operation import PageSizes
+from cupy_fp8kv.bench.operations import SOURCES, Append, CopyPages, Gather, Merge
 from cupy_fp8kv.bench.report import Report
+from cupy_fp8kv.bench.shared_prefix import SharedPrefix
 from cupy_fp8kv.bench.suites import Shape
 
 SHAPES = (
@@ -26,6 +40,21 @@ PAGED = (
     SHAPES[1].in_pages(5),
     SHAPES[2].in_pages(8, "HND"),
     SHAPES[3].in_pages(1),
+)
+
+
+SMALL = PageSizes(2, 32, 8)
+OPERATIONS = (
+    *(Append(f"append.{source}.b3", 3, 1, source, SMALL) for source in SOURCES),
+    *(Append(f"append.{source}.b2.l3", 2, 3, source, SMALL) for source in SOURCES),
+    *(Append(f"append.{source}.l29", 1, 29, source, SMALL) for source in SOURCES),
+    CopyPages("copy_pages", 5, SMALL),
+    Gather("gather", 3, 21, SMALL),
+    Merge("merge_state", 5, 2, 4, 32),
+    Merge("merge_states", 5, 3, 4, 32),
+    SharedPrefix("prefix.copies", "copies", "", 6, 24, 13, 4, SMALL),
+    SharedPrefix("prefix.tables", "tables", "prefix.copies", 6, 24, 13, 4, SMALL),
+    SharedPrefix("prefix.wrapper", "wrapper", "prefix.copies", 6, 24, 13, 4, SMALL),
 )
 
 
@@ -94,9 +123,10 @@ def bench(emulate, monkeypatch):
     """The emulator's device, to the benchmark."""
     cupy, library = fake_cupy(), Library()
     monkeypatch.setattr(arrays, "_by_type", {**arrays._by_type, DeviceArray: library})
-    for module in (inputs, limit, measure):
+    for module in (inputs, limit, measure, operation):
         monkeypatch.setattr(module, "require_cupy", lambda: cupy)
-    monkeypatch.setattr(inputs, "cupy_library", lambda: library)
+    for module in (inputs, operation):
+        monkeypatch.setattr(module, "cupy_library", lambda: library)
     monkeypatch.setattr(inputs, "_BASE_ELEMENTS", 4096 + 16 * 5)
     monkeypatch.setattr(limit, "launch_kernel", lambda: emulate.launch_kernel)
     monkeypatch.setattr(limit, "device_info", lambda index: emulator.DEVICE)
@@ -107,6 +137,7 @@ def bench(emulate, monkeypatch):
     monkeypatch.setattr(command, "cupy_problem", lambda: None)
     monkeypatch.setitem(suites.SUITES, "decode", SHAPES)
     monkeypatch.setitem(suites.SUITES, "paged", PAGED)
+    monkeypatch.setattr(command, "OPERATIONS", OPERATIONS)
     return cupy
 
 
@@ -126,6 +157,51 @@ def test_a_run_of_the_benchmark(suite, bench, monkeypatch, tmp_path, capsys):
         assert row.kv_bytes == row.shape.kv_bytes and row.error > 1e-5
     printed = capsys.readouterr().out
     assert all(shape.name in printed for shape in shapes) and "emulated" in printed
+
+
+def test_a_run_of_suite_cache(bench, tmp_path, capsys):
+    path = tmp_path / "record.json"
+    assert cli.main(["bench", "--suite", "cache", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    report = Report.of(json.loads(path.read_text(encoding="utf-8")))
+    assert [(row.name, row.what) for row in report.rows] == [(one.name, one.what) for one in OPERATIONS]
+    for row, one in zip(report.rows, OPERATIONS, strict=True):
+        assert (
+            row.us == row.limit_us == 250.0 and row.host_us == 7.5 and row.nbytes == one.read_bytes + one.written_bytes
+        )
+        assert row.limit_by == "cudaMemcpyAsync" or (one.written_bytes == 0 and "read_limit" in row.limit_by)
+        assert row.error == 0 if one.tolerance == 0 else 1e-6 < row.error <= one.tolerance
+        assert row.times_faster == (1.0 if one.against else None) and row.name in printed
+
+
+@pytest.mark.parametrize("one", OPERATIONS, ids=lambda one: one.name)
+@pytest.mark.parametrize("sets", [1, 2, 11])
+def test_an_operation_of_suite_cache_does_what_its_bytes_say(one, sets, bench, monkeypatch):
+    """An error is that of the last set, and is seen; and every set has memory of its own."""
+    prepared = one.prepare(inputs.Filler(), sets)
+    if one.tolerance == 0 and not isinstance(one, Gather):
+        assert prepared.error() > 0.3, "before the call nothing is where it should be"
+        for s in range(sets - 1):
+            prepared.call(s)
+        assert prepared.error() > 0.3, "the other sets write elsewhere"
+    prepared.call(sets - 1)
+    assert prepared.error() <= one.tolerance
+
+
+@pytest.mark.parametrize("name", ["gather", "merge_state", "merge_states", "batch_decode_with_paged_kv_cache"])
+def test_a_wrong_operation_fails_the_run(name, bench, monkeypatch, capsys):
+    module = shared_prefix if name.startswith("batch") else operations
+    right = getattr(module, name)
+
+    def wrong(*arguments, **options):
+        found = right(*arguments, **options)
+        for array in found if isinstance(found, tuple) else (found,):
+            array[-1, -1] = 0
+        return found
+
+    monkeypatch.setattr(module, name, wrong)
+    shapes = {"gather": "gather", "merge_state": "merge_state", "merge_states": "merge_states"}.get(name, "prefix.c")
+    assert cli.main(["bench", "--suite", "cache", "--shapes", shapes]) == 1
 
 
 def test_a_wrong_kernel_fails_the_run(bench, monkeypatch):
