@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -50,28 +51,39 @@ def test_a_shape_is_measured(changed):
     assert (row.fp16_us is None) == (shape.k == shape.v == "bf16")
 
 
-@pytest.mark.parametrize("page_size", [1, 5, 16, 64])
-@pytest.mark.parametrize("changed", [{}, {"kv_lens": RAGGED.kv_lens}, {"k": "f16", "v": "e5m2"}], ids=str)
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_a_shape_over_pages_is_measured(page_size, changed, layout):
+@pytest.fixture(scope="module")
+def filler():
+    return Filler()
+
+
+@pytest.mark.parametrize(
+    ("page_size", "layout", "changed"),
+    [
+        (16, "NHD", {}), (64, "HND", {}), (1, "NHD", {"kv_lens": RAGGED.kv_lens}),
+        (5, "HND", {"kv_lens": RAGGED.kv_lens}), (16, "NHD", {"k": "f16", "v": "e5m2"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_shape_over_pages_is_measured(page_size, layout, changed, filler):
     shape = dataclasses.replace(SHAPE, **changed).in_pages(page_size, layout)
-    row = measure.measure(shape, Filler(), ReadLimit(), fp16=True)
+    row = measure.measure(shape, filler, ReadLimit(), fp16=True)
     assert not row.wrong and row.kv_bytes == shape.kv_bytes and " paged]" in row.limit_by
     assert all(0 < figure < 1000 for figure in (row.limit_us, row.us, row.host_us, row.fp16_us, row.plan_us))
 
 
-def test_the_limit_of_pages_is_about_that_of_one_piece():
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="to be timed, the GPU must not be shared")
+def test_the_limit_of_pages_is_about_that_of_one_piece(filler):
     """Pages of 16 KB, in any order, are read about as fast as all in one piece: if not, the list is what takes long."""
     shape = Shape("gqa4.b16.l4k", 16, 4096, 32, 8)
-    paged, padded = (InputSets.of(one, Filler()) for one in (shape.in_pages(16), shape))
+    paged, padded = (InputSets.of(one, filler) for one in (shape.in_pages(16), shape))
     reader = ReadLimit()
     of_pages, of_pieces = reader.measure(paged.pieces, paged.pages), reader.measure(padded.pieces)
     assert of_pages.nbytes == of_pieces.nbytes and of_pieces.us * 0.8 < of_pages.us < of_pieces.us * 1.25
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_an_operation_is_measured(operation):
-    row = measure.measure_operation(operation, Filler(), ReadLimit())
+def test_an_operation_is_measured(operation, filler):
+    row = measure.measure_operation(operation, filler, ReadLimit())
     assert not row.wrong, f"error {row.error}"
     assert all(0 < figure < 1000 for figure in (row.limit_us, row.us, row.host_us)) and row.us_low <= row.us
     assert row.nbytes == operation.read_bytes + operation.written_bytes
