@@ -257,9 +257,13 @@ struct CheckTablesParams {
 };
 
 struct ReadParams {
-    const u8* k;             // k_bytes of anything, at a multiple of 16 bytes
+    const u8* k;             // k_bytes of anything, at a multiple of 16 bytes; or pages, of which so many are read
     const u8* v;
     u32* sink;               // [1], never written
     i64 k_bytes;             // multiples of 16
     i64 v_bytes;
+    // Of pages.
+    const int* page_indices; // pages of K and of V, in the order in which they are read; or null
+    Divisor k_page_words;    // 16-byte words of a page
+    Divisor v_page_words;
 };

@@ -116,16 +116,21 @@ def _parser() -> argparse.ArgumentParser:
     bench = command(
         "bench", _bench, "the speed table, against the read limit (needs a GPU)",
         "Times decode calls next to kernels that only read the same bytes, in the same run, and next to other systems\n"
-        "that can be imported: torch's SDPA, FlashInfer, vLLM's kernels. Each of those runs in a process of its own.",
+        "that can be imported: torch's SDPA, FlashInfer, vLLM's kernels. Each of those runs in a process of its own.\n"
+        "Operations on caches (suite cache) are timed next to a copy of as many bytes.",
         "", "--suite decode --shapes gqa4,mha.b1 --quick", "--suite ragged --peers torch,fi --json ragged.json",
-        "--from ragged.json --plot ragged.png", "--suite start",
+        "--from ragged.json --plot ragged.png", "--suite paged --shapes gqa4.b64 --peers fi",
+        "--suite cache --shapes append,merge", "--suite start",
     )  # fmt: skip
     bench.add_argument(
-        "--suite", choices=("decode", "ragged", "small", "formats", "start"), default="decode",
+        "--suite", choices=("decode", "ragged", "small", "formats", "paged", "cache", "start"), default="decode",
         help="large batches (decode, the default), lengths that differ (ragged), single requests (small), formats with "
-        "layouts, scales and groups (formats), or the time from starting Python to the first result (start)",
+        "layouts, scales and groups (formats), caches in pages that lie in random order (paged), what writes, moves, "
+        "merges and shares parts of caches (cache), or the time from starting Python to the first result (start)",
     )  # fmt: skip
-    bench.add_argument("--shapes", metavar="PREFIXES", default="", help="only shapes whose names start so: a,b,…")
+    bench.add_argument(
+        "--shapes", metavar="PREFIXES", default="", help="only shapes (or operations) whose names start so: a,b,…"
+    )
     bench.add_argument(
         "--peers", metavar="PREFIXES", default="",
         help="only peers whose names start so, or none (default: all that are installed; torch's SDPA if torch is)",

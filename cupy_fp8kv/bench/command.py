@@ -10,6 +10,7 @@ from typing import Any
 from .. import terminal
 from ..jit.device import cupy_problem
 from . import peers, plot, start, suites, table
+from .operations import OPERATIONS
 from .report import Report
 
 
@@ -20,8 +21,8 @@ def _split(text: str) -> list[str]:
 def run(options: argparse.Namespace) -> int:
     parser = options.parser
     try:
-        measured = options.suite != "start" and not options.source
-        wanted = suites.chosen(options.suite, _split(options.shapes)) if measured else []
+        known = {**suites.SUITES, "cache": OPERATIONS, "start": ()}[options.suite]
+        wanted = [] if options.source or not known else suites.chosen(options.suite, known, _split(options.shapes))
     except ValueError as error:
         parser.error(f"--shapes: {error}")
     try:
@@ -31,7 +32,10 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         plot.check(options.plot)
     record = _stored(options) if options.source else None
-    if (record["suite"] if record else options.suite) == "start":
+    suite = record["suite"] if record else options.suite
+    if suite == "cache" and (options.plot or _split(options.peers) not in ([], ["none"])):
+        parser.error("--plot, --peers: suite cache has no shapes to draw and no peers")
+    if suite == "start":
         if options.plot or options.markdown or options.shapes:
             parser.error("--plot, --markdown, --shapes: suite start has no shapes")
         return _start(options, record)
@@ -59,13 +63,14 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
 def _part(options: argparse.Namespace, report: Report) -> Report:
     """The shapes and peers that were asked for, of a record's."""
     shapes, systems = _split(options.shapes), _split(options.peers)
-    rows = tuple(row for row in report.rows if not shapes or row.shape.name.startswith(tuple(shapes)))
+    rows = tuple(row for row in report.rows if not shapes or row.name.startswith(tuple(shapes)))
     if not rows:
-        names = ", ".join(row.shape.name for row in report.rows)
+        names = ", ".join(row.name for row in report.rows)
         options.parser.error(f"--shapes: no shape of the record starts with {' or '.join(shapes)}; it has {names}")
     known = {} if options.quick else report.peers
     kept = {name: peer for name, peer in known.items() if not systems or name.startswith(tuple(systems))}
-    rows = tuple(replace(row, peers={name: row.peers[name] for name in kept if name in row.peers}) for row in rows)
+    if report.peers:
+        rows = tuple(replace(row, peers={name: row.peers[name] for name in kept if name in row.peers}) for row in rows)
     return replace(report, rows=rows, peers=kept)
 
 

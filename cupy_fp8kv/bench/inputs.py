@@ -10,15 +10,17 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import decode
+from .. import decode, paged
 from ..arrays import cupy_library
 from ..backends import reference
 from ..formats import KV_FORMATS, KVFormat
 from ..jit.device import require_cupy
+from ..paged_wrappers import BatchDecodeWithPagedKVCacheWrapper
+from .limit import ReadPages
 from .suites import Shape
 from .timing import sets_needed
 
@@ -68,8 +70,15 @@ class InputSets:
     scales: dict[str, Any]  # CuPy arrays by argument
     kv_lens: Any  # CuPy array, or None
 
+    #: Which pages the requests have, and so which of them a call reads; None: the caches are padded.
+    table: ClassVar[Any] = None
+    pages: ClassVar[Any] = None
+
     @classmethod
     def of(cls, shape: Shape, filler: Filler, sets: int | None = None) -> InputSets:
+        """Filled sets; those of a shape over pages are :class:`PagedInputSets`."""
+        if shape.page_size and not issubclass(cls, PagedInputSets):
+            return PagedInputSets.of(shape, filler, sets)
         cupy, library = require_cupy(), cupy_library()
         sets = sets or sets_needed(cupy, shape.kv_bytes)
         rng = np.random.default_rng(1)
@@ -89,7 +98,8 @@ class InputSets:
             scales = {name: cupy.asarray(row) for name, row in zip(("k_scale", "v_scale"), values, strict=True)}
         qs = [library.from_numpy(q, 0) for q in queries]
         outs = [library.empty(q_shape, q_dtype.name, 0)[0] for _ in range(sets)]
-        kv_lens = None if shape.kv_lens is None else cupy.asarray(np.array(shape.kv_lens, np.int32))
+        ragged = shape.kv_lens is not None and not shape.page_size
+        kv_lens = cupy.asarray(np.array(shape.kv_lens, np.int32)) if ragged else None
         return cls(shape, qs, caches, outs, scales, kv_lens)
 
     @classmethod
@@ -123,9 +133,12 @@ class InputSets:
         if (self.shape.k, self.shape.v) != ("e4m3", "e4m3"):
             options["kv_format"] = (self.shape.k, self.shape.v)
         return [
-            partial(decode.batch_decode_with_padded_kv_cache, q, k, v, self.shape.kv_layout, out=out, **options)
+            partial(self._decode(), q, k, v, kv_layout=self.shape.kv_layout, out=out, **options)
             for q, (k, v), out in zip(self.qs, self.caches, self.outs, strict=True)
         ]
+
+    def _decode(self) -> Callable[..., Any]:
+        return decode.batch_decode_with_padded_kv_cache
 
     def call(self, s: int) -> None:
         self.calls[s]()
@@ -174,10 +187,7 @@ class InputSets:
         """What the last set gives in float64: its first heads, as many as are looked at."""
         shape, library = self.shape, cupy_library()
         length = shape.lengths[request]
-        by_row = (slice(length),) if shape.kv_layout == "NHD" else (slice(None), slice(length))
-        k, v = (library.to_numpy(cache[request][by_row]) for cache in self.caches[-1])
-        if shape.kv_layout == "HND":
-            k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        k, v = (self._rows(cache, request) for cache in self.caches[-1])
         heads = max(1, min(shape.num_kv_heads, _MOST_CHECKED // max(1, length * shape.head_dim)))
         query_heads = heads * (shape.num_qo_heads // shape.num_kv_heads)
         scales: dict[str, Any] = {name: library.to_numpy(scale)[:heads] for name, scale in self.scales.items()}
@@ -187,6 +197,86 @@ class InputSets:
             compute_dtype=np.float64, **scales,
         )  # fmt: skip
         return want
+
+    def _rows(self, cache: Any, request: int) -> np.ndarray:
+        """K or V of a request on the host, [rows, heads, head_dim]."""
+        rows = slice(self.shape.lengths[request])
+        if self.shape.kv_layout == "NHD":
+            return cupy_library().to_numpy(cache[request][rows])
+        return cupy_library().to_numpy(cache[request][:, rows]).swapaxes(0, 1)
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Which pages each request has, on the host, as FlashInfer's three arrays."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    last_page_len: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], page_size: int, indices: np.ndarray) -> PageTable:
+        rows = np.array(lengths)
+        counts = -(-rows // page_size)
+        indptr, last = np.concatenate([[0], np.cumsum(counts)]), rows - (counts - 1) * page_size
+        return cls(indptr.astype(np.int32), indices.astype(np.int32), last.astype(np.int32))
+
+    def on_device(self) -> tuple[Any, Any, Any]:
+        indptr, indices, last = (require_cupy().asarray(x) for x in (self.indptr, self.indices, self.last_page_len))
+        return indptr, indices, last
+
+
+@dataclass(frozen=True)
+class PagedInputSets(InputSets):
+    """The same over pages: the caches are pools, in which the pages of all requests lie in random order."""
+
+    @cached_property
+    def table(self) -> PageTable:
+        shape = self.shape
+        order = np.random.default_rng(0).permutation(sum(shape.page_counts))
+        return PageTable.of(shape.lengths, shape.page_size, order)
+
+    @cached_property
+    def tables(self) -> tuple[Any, Any, Any]:
+        return self.table.on_device()
+
+    @cached_property
+    def pages(self) -> ReadPages:
+        """As many bytes as a call reads of K, and of V, in the order of the pages: where pages are not full, other
+        bytes than those."""
+        shape = self.shape
+        k_bytes, v_bytes = (shape.elements * KV_FORMATS[name].itemsize for name in (shape.k, shape.v))
+        return ReadPages(self.tables[1], k_bytes, v_bytes)
+
+    @cached_property
+    def pieces(self) -> list[tuple[Any, Any]]:
+        return list(self.caches)
+
+    def _decode(self) -> Callable[..., Any]:
+        indptr, indices, last = self.tables
+        return partial(paged.batch_decode_with_paged_kv_cache, indptr=indptr, indices=indices, last_page_len=last)
+
+    def plan_call(self) -> Callable[[int], None]:
+        """``call`` through FlashInfer's wrapper, planned here and now."""
+        shape = self.shape
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(None, shape.kv_layout)
+        wrapper.plan(
+            *self.tables, shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, shape.page_size,
+            data_type=(KV_FORMATS[shape.k].dtype, KV_FORMATS[shape.v].dtype), q_data_type=KV_FORMATS[shape.q].dtype,
+        )  # fmt: skip
+        runs = [
+            partial(wrapper.run, q, cache, out=out, **self.scales)
+            for q, cache, out in zip(self.qs, self.caches, self.outs, strict=True)
+        ]
+        return lambda s: runs[s]()
+
+    def _rows(self, cache: Any, request: int) -> np.ndarray:
+        table, library = self.table, cupy_library()
+        pages = table.indices[table.indptr[request] : table.indptr[request + 1]]
+        found = np.stack([library.to_numpy(cache[int(page)]) for page in pages])
+        if self.shape.kv_layout == "HND":
+            found = found.swapaxes(1, 2)
+        return found.reshape(-1, *found.shape[2:])[: self.shape.lengths[request]]
 
 
 def relative_l2(got: Any, want: Any) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .inputs import InputSets
+from .inputs import InputSets, PageTable
 from .report import PeerInfo
 from .suites import Shape
 
@@ -23,6 +23,8 @@ from .suites import Shape
 _WORKSPACE_BYTES = 512 << 20
 #: vLLM's older kernel is told a number of splits: as many as give some CTAs to each SM of a large GPU.
 _VLLM_DECODE_CTAS = 528
+#: Rows of pages that XQA has kernels for.
+_XQA_PAGES = (16, 32, 64, 128)
 _TORCH_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 
 Call = Callable[[int], Any]
@@ -36,7 +38,7 @@ class TorchInputs:
     """Input sets as torch tensors on the same memory."""
 
     def __init__(self, torch: Any, inputs: InputSets):
-        self.torch, self.shape = torch, inputs.shape
+        self.torch, self.shape, self.table = torch, inputs.shape, inputs.table
 
         def tensor(array: Any, name: str) -> Any:
             # As bytes: torch takes no FP8 type from CuPy.
@@ -56,41 +58,58 @@ class TorchInputs:
     def ones(self, *shape: int) -> Any:
         return self.torch.ones(shape, dtype=self.torch.float32, device=self.device)
 
-    def need_plain(self) -> None:
-        """UnsupportedError for anything but fp16 queries over E4M3FN in NHD with one scale."""
+    def need_plain(self, layouts: Sequence[str] = ("NHD",)) -> None:
+        """UnsupportedError for anything but fp16 queries over E4M3FN in one of these layouts with one scale."""
         shape = self.shape
-        if (shape.q, shape.k, shape.v, shape.kv_layout, shape.head_scales) != ("f16", "e4m3", "e4m3", "NHD", False):
-            raise UnsupportedError("compared on fp16 queries over E4M3FN, NHD, one scale")
+        plain = (shape.q, shape.k, shape.v, shape.head_scales) == ("f16", "e4m3", "e4m3", False)
+        if not plain or shape.kv_layout not in layouts:
+            raise UnsupportedError(f"compared on fp16 queries over E4M3FN, {' or '.join(layouts)}, one scale")
+
+    def page_size(self, usual: int | None) -> int:
+        """Rows of a page: the shape's own; of a padded cache ``usual``, or all rows of a request."""
+        if self.shape.page_size and usual is None:
+            raise UnsupportedError("a page a request")
+        return self.shape.page_size or usual or self.shape.kv_len
 
 
 class Pages:
-    """A set's padded caches as pools of pages: those of a request lie in random order, as in a server."""
+    """Pools of pages, as the shape has them; or a padded cache as such: then each request has its own part of them.
+
+    The pages lie in random order, as in a server.
+    """
 
     def __init__(self, inputs: TorchInputs, page: int):
         shape, torch = inputs.shape, inputs.torch
-        if shape.kv_len % page:
-            raise UnsupportedError(f"rows are no multiple of a page of {page}")
-        per_request, rng = shape.kv_len // page, np.random.default_rng(1)
-        lengths = np.array(shape.lengths)
-        counts = -(-lengths // page)
-        table = np.zeros((shape.batch, counts.max()), np.int32)
-        for request, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            pages = request * per_request + np.arange(count)
-            whole = length // page  # a part of a page stays the last one
-            pages[:whole] = rng.permutation(pages[:whole])
-            table[request, :count] = pages
-        self.host_table = table
-        self.table = torch.from_numpy(table).to(inputs.device)
-        self.indptr = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-        indices = np.concatenate([row[:count] for row, count in zip(table, counts, strict=True)])
-        self.indices = torch.from_numpy(indices).to(inputs.device)
-        self.last_page_len = torch.from_numpy((lengths - (counts - 1) * page).astype(np.int32))
-        pool = (shape.batch * per_request, page, shape.num_kv_heads, shape.head_dim)
+        csr = inputs.table or _table_of_padded(shape, page)
+        counts = np.diff(csr.indptr)
+        self.host_table = np.zeros((shape.batch, counts.max()), np.int32)
+        for request, (begin, count) in enumerate(zip(csr.indptr, counts, strict=False)):
+            self.host_table[request, :count] = csr.indices[begin : begin + count]
+        self.table = torch.from_numpy(self.host_table).to(inputs.device)
+        self.indptr = torch.from_numpy(csr.indptr)
+        self.indices = torch.from_numpy(csr.indices).to(inputs.device)
+        self.last_page_len = torch.from_numpy(csr.last_page_len)
+        pool = shape.cache_shape if shape.page_size else (-1, page, shape.num_kv_heads, shape.head_dim)
         self.caches = [(k.view(pool), v.view(pool)) for k, v in zip(inputs.ks, inputs.vs, strict=True)]
+
+
+def _table_of_padded(shape: Shape, page: int) -> PageTable:
+    if shape.kv_len % page:
+        raise UnsupportedError(f"rows are no multiple of a page of {page}")
+    per_request, rng = shape.kv_len // page, np.random.default_rng(1)
+    indices = []
+    for request, length in enumerate(shape.lengths):
+        pages = request * per_request + np.arange(-(-length // page))
+        whole = length // page  # a part of a page stays the last one
+        pages[:whole] = rng.permutation(pages[:whole])
+        indices.append(pages)
+    return PageTable.of(shape.lengths, page, np.concatenate(indices))
 
 
 def _torch_sdpa(inputs: TorchInputs, upcast_inside: bool) -> Call:
     torch, shape = inputs.torch, inputs.shape
+    if shape.page_size:
+        raise UnsupportedError("no pages")
     if shape.kv_lens is not None:
         raise UnsupportedError("one length for all")
     if shape.head_scales:
@@ -115,13 +134,13 @@ def _torch_sdpa(inputs: TorchInputs, upcast_inside: bool) -> Call:
 def _flashinfer(inputs: TorchInputs, page: int | None, tensor_cores: bool) -> Call:
     import flashinfer
 
-    inputs.need_plain()
     torch, shape = inputs.torch, inputs.shape
-    page = page or shape.kv_len
+    inputs.need_plain(("NHD", "HND") if shape.page_size else ("NHD",))  # views of padded HND caches are no pages
+    page = inputs.page_size(page)
     pages = Pages(inputs, page)
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_tensor_cores=tensor_cores, backend="fa2" if tensor_cores else "auto"
+        workspace, shape.kv_layout, use_tensor_cores=tensor_cores, backend="fa2" if tensor_cores else "auto"
     )
     wrapper.plan(
         pages.indptr, pages.indices, pages.last_page_len, shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, page,
@@ -134,7 +153,9 @@ def _xqa(inputs: TorchInputs) -> Call:
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
     inputs.need_plain()
-    torch, page = inputs.torch, 64
+    torch, page = inputs.torch, inputs.page_size(64)
+    if page not in _XQA_PAGES:
+        raise UnsupportedError(f"pages of {', '.join(map(str, _XQA_PAGES))} rows")
     pages = Pages(inputs, page)
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device)
     lengths, most = inputs.lengths.view(torch.uint32), pages.host_table.shape[1] * page
@@ -154,7 +175,7 @@ def _vllm_unified(inputs: TorchInputs, always_split: bool) -> Call:
         if shape.batch <= threshold:
             raise UnsupportedError("vLLM splits it anyway")
         threshold = shape.batch
-    pages = Pages(inputs, 16)
+    pages = Pages(inputs, inputs.page_size(16))
     most, width = max(threshold, shape.batch), 1 << (shape.head_dim - 1).bit_length()
     partial = [inputs.ones(most, shape.num_qo_heads, segments, *more) for more in ((width,), (), ())]
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=inputs.device)
@@ -179,7 +200,7 @@ def _vllm_decode(inputs: TorchInputs) -> Call:
     from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 
     inputs.need_plain()
-    torch, shape, page = inputs.torch, inputs.shape, 16
+    torch, shape, page = inputs.torch, inputs.shape, inputs.page_size(16)
     pages = Pages(inputs, page)
     heads = shape.num_qo_heads if inputs.group == 1 else -(-shape.num_qo_heads // min(16, inputs.group))
     splits = 1
@@ -204,7 +225,7 @@ def _fa3(inputs: TorchInputs, page: int | None) -> Call:
 
     inputs.need_plain()
     torch, shape = inputs.torch, inputs.shape
-    page = page or shape.kv_len
+    page = inputs.page_size(page)
     pages = Pages(inputs, page)
     qs = [q.to(torch.float8_e4m3fn) for q in inputs.qs]  # the only type it takes with FP8 caches
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=inputs.device)
@@ -256,14 +277,14 @@ _TORCH = ("torch SDPA", "torch", "torch")
 PEERS = (
     Peer("torch-fp16", "SDPA over an fp16 cache, made outside the timing", *_TORCH, lambda i: _torch_sdpa(i, False)),
     Peer("torch-upcast", "SDPA, the cache converted in the call", *_TORCH, lambda i: _torch_sdpa(i, True)),
-    Peer("fi-cc", "CUDA cores, pages of 16", *_FLASHINFER, lambda i: _flashinfer(i, 16, False)),
-    Peer("fi-tc", "tensor cores, pages of 16", *_FLASHINFER, lambda i: _flashinfer(i, 16, True)),
+    Peer("fi-cc", "CUDA cores, pages of 16 or the shape's", *_FLASHINFER, lambda i: _flashinfer(i, 16, False)),
+    Peer("fi-tc", "tensor cores, pages of 16 or the shape's", *_FLASHINFER, lambda i: _flashinfer(i, 16, True)),
     Peer("fi-tc-padded", "tensor cores, a page a request", *_FLASHINFER, lambda i: _flashinfer(i, None, True)),
-    Peer("fi-xqa", "XQA, pages of 64; computes in FP8", *_FLASHINFER, _xqa, 6e-2),
-    Peer("vllm-unified", "unified attention, pages of 16", *_VLLM, lambda i: _vllm_unified(i, False)),
+    Peer("fi-xqa", "XQA, pages of 64 or the shape's; computes in FP8", *_FLASHINFER, _xqa, 6e-2),
+    Peer("vllm-unified", "unified attention, pages of 16 or the shape's", *_VLLM, lambda i: _vllm_unified(i, False)),
     Peer("vllm-split", "the same, always with splits", *_VLLM, lambda i: _vllm_unified(i, True)),
-    Peer("vllm-decode", "decode attention, pages of 16", *_VLLM, _vllm_decode),
-    Peer("fa3", "pages of 64; q given in FP8, computes in FP8", "FlashAttention-3", "vllm", "vllm",
+    Peer("vllm-decode", "decode attention, pages of 16 or the shape's", *_VLLM, _vllm_decode),
+    Peer("fa3", "pages of 64 or the shape's; q given in FP8, computes in FP8", "FlashAttention-3", "vllm", "vllm",
          lambda i: _fa3(i, 64), 6e-2),
     Peer("fa3-padded", "a page a request", "FlashAttention-3", "vllm", "vllm", lambda i: _fa3(i, None), 6e-2),
 )  # fmt: skip

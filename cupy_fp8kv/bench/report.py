@@ -49,6 +49,10 @@ class Row:
     peers: Mapping[str, PeerFigure] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        return self.shape.name
+
+    @property
     def fraction(self) -> float:
         return self.limit_us / self.us
 
@@ -73,7 +77,11 @@ class Row:
         values = {**asdict(self.shape), **asdict(self)}
         del values["shape"]
         values["peers"] = {name: asdict(figure) for name, figure in self.peers.items()}
-        derived = {"fraction": self.fraction, "gb_per_second": self.gb_per_second, "fp16_speedup": self.speedup}
+        derived: dict[str, Any] = {
+            "fraction": self.fraction, "gb_per_second": self.gb_per_second, "fp16_speedup": self.speedup,
+        }  # fmt: skip
+        if self.shape.page_size:
+            derived |= {"shape": self.shape.unpaged_name, "of_limit": self.fraction}
         return {**values, **derived}
 
     @classmethod
@@ -83,6 +91,60 @@ class Row:
             shape["kv_lens"] = tuple(shape["kv_lens"])
         peers = {name: PeerFigure(**_known(PeerFigure, figure)) for name, figure in record.get("peers", {}).items()}
         return cls(**{**_known(cls, record), "shape": Shape(**shape), "peers": peers})
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """An operation of suite cache: times in microseconds, and how long ``against`` takes in the same run.
+
+    ``tolerance``: what ``error`` may be.
+    """
+
+    name: str
+    what: str
+    read_bytes: int
+    written_bytes: int
+    limit_us: float
+    limit_by: str
+    us: float
+    us_low: float
+    us_high: float
+    host_us: float
+    error: float
+    tolerance: float
+    against: str = ""
+    against_us: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.read_bytes + self.written_bytes
+
+    @property
+    def fraction(self) -> float:
+        return self.limit_us / self.us
+
+    @property
+    def gb_per_second(self) -> float:
+        return self.nbytes / self.us / 1e3
+
+    @property
+    def times_faster(self) -> float | None:
+        return None if self.against_us is None else self.against_us / self.us
+
+    @property
+    def wrong(self) -> bool:
+        return not self.error <= self.tolerance
+
+    def record(self) -> dict[str, Any]:
+        derived = {
+            "nbytes": self.nbytes, "fraction": self.fraction, "gb_per_second": self.gb_per_second,
+            "times_faster": self.times_faster,
+        }  # fmt: skip
+        return {**asdict(self), **derived}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> CacheRow:
+        return cls(**_known(cls, record))
 
 
 @dataclass(frozen=True)
@@ -96,13 +158,16 @@ class PeerInfo:
 
 @dataclass(frozen=True)
 class Report:
-    """A suite's rows, and what they were measured with. ``machine`` has neither paths nor anything personal."""
+    """A suite's rows, and what they were measured with. ``machine`` has neither paths nor anything personal.
+
+    ``rows``: of type :class:`CacheRow` in suite cache, otherwise :class:`Row`.
+    """
 
     suite: str
     machine: Mapping[str, Any]
     sources: str
     method: str
-    rows: tuple[Row, ...]
+    rows: tuple[Any, ...]
     peers: Mapping[str, PeerInfo] = field(default_factory=dict)
 
     @property
@@ -112,7 +177,7 @@ class Report:
     @property
     def base(self) -> Row | None:
         """The row that the others are held against, in a suite that has one and a run that measured it."""
-        return next((row for row in self.rows if row.shape.name == BASES.get(self.suite)), None)
+        return next((row for row in self.rows if row.name == BASES.get(self.suite)), None)
 
     @property
     def families(self) -> dict[str, list[str]]:
@@ -134,10 +199,11 @@ class Report:
     def of(cls, record: Mapping[str, Any]) -> Report:
         """The report of a record. ValueError if it is not one."""
         try:
+            kind = CacheRow if record["suite"] == "cache" else Row
             own = {"suite", "sources", "method", "tolerances", "peers", "rows"}
             return cls(
                 record["suite"], {name: value for name, value in record.items() if name not in own},
-                record["sources"], record["method"], tuple(Row.of(row) for row in record["rows"]),
+                record["sources"], record["method"], tuple(kind.of(row) for row in record["rows"]),
                 {name: PeerInfo(**_known(PeerInfo, peer)) for name, peer in record.get("peers", {}).items()},
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError) as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,8 @@ class Shape:
 
     ``kv_lens``: the rows of each request, on the device; ``kv_len`` is then what each has room for in the cache, and
     only the rows that count are counted as bytes. None: every request has ``kv_len`` rows, and the call no lengths.
+
+    ``page_size``: rows of a page, of caches in pages that lie in random order; 0: padded caches.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Shape:
     kv_layout: str = "NHD"
     head_scales: bool = False
     kv_lens: tuple[int, ...] | None = None
+    page_size: int = 0
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -45,9 +50,26 @@ class Shape:
         return self.elements * (KV_FORMATS[self.k].itemsize + KV_FORMATS[self.v].itemsize)
 
     @property
+    def page_counts(self) -> tuple[int, ...]:
+        """Pages of each request."""
+        return tuple(-(-length // self.page_size) for length in self.lengths)
+
+    @property
     def cache_shape(self) -> tuple[int, int, int, int]:
-        rows = (self.kv_len, self.num_kv_heads) if self.kv_layout == "NHD" else (self.num_kv_heads, self.kv_len)
-        return (self.batch, *rows, self.head_dim)
+        """Of K, and of V: a request of a padded cache, or a page, comes first."""
+        first, length = (sum(self.page_counts), self.page_size) if self.page_size else (self.batch, self.kv_len)
+        rows = (length, self.num_kv_heads) if self.kv_layout == "NHD" else (self.num_kv_heads, length)
+        return (first, *rows, self.head_dim)
+
+    def in_pages(self, page_size: int, kv_layout: str = "NHD") -> Shape:
+        """The same over pages, under a name of its own."""
+        name = f"{self.name}.p{page_size}{'' if kv_layout == 'NHD' else '.hnd'}"
+        return replace(self, name=name, page_size=page_size, kv_layout=kv_layout)
+
+    @property
+    def unpaged_name(self) -> str:
+        """The name before :meth:`in_pages`."""
+        return self.name.partition(f".p{self.page_size}")[0] if self.page_size else self.name
 
 
 _DECODE = (
@@ -108,15 +130,28 @@ def _formats() -> tuple[Shape, ...]:
     return tuple(shapes + [replace(base, name=f"group{group}", num_qo_heads=8 * group) for group in (3, 5, 6, 7)])
 
 
-SUITES = {"decode": _DECODE, "ragged": _RAGGED, "small": _SMALL, "formats": _formats()}
+def _paged() -> tuple[Shape, ...]:
+    """Ordinary page sizes at several shapes; HND, single rows, and a page without a factor of 16 at one."""
+    known = {shape.name: shape for shape in (*_DECODE, *_RAGGED)}
+    names = (
+        "gqa4.b64.l4k", "mha.b16.l1k", "gqa4.b16.l4k", "gqa4.b128.l1k", "mha.b64.l1k", "gqa8.b16.l8k",
+        "ragged.gqa4.b64", "long.gqa4.b64",
+    )  # fmt: skip
+    base = known[names[0]]
+    others = (base.in_pages(16, "HND"), base.in_pages(64, "HND"), base.in_pages(1), base.in_pages(5))
+    return tuple(known[name].in_pages(page_size) for name in names for page_size in (16, 64)) + others
+
+
+SUITES = {"decode": _DECODE, "ragged": _RAGGED, "small": _SMALL, "formats": _formats(), "paged": _paged()}
 #: What the other rows of a suite are held against, by the suite's name.
 BASES = {"formats": "e4m3"}
 
 
-def chosen(suite: str, prefixes: list[str]) -> list[Shape]:
-    """The shapes of a suite whose names start with one of ``prefixes``; all without any. ValueError if none does."""
-    shapes = [shape for shape in SUITES[suite] if not prefixes or shape.name.startswith(tuple(prefixes))]
-    if not shapes:
-        names = ", ".join(shape.name for shape in SUITES[suite])
+def chosen(suite: str, known: Sequence[Any], prefixes: list[str]) -> list[Any]:
+    """Of what is known of a suite that whose name starts with one of ``prefixes``; all without any. ValueError if none
+    does."""
+    found = [one for one in known if not prefixes or one.name.startswith(tuple(prefixes))]
+    if not found:
+        names = ", ".join(one.name for one in known)
         raise ValueError(f"no shape of suite {suite} starts with {' or '.join(prefixes)}; it has {names}")
-    return shapes
+    return found

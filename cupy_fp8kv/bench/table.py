@@ -18,13 +18,15 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def render(report: Report) -> list[Any]:
     """Our table, and one of the peers if there are any."""
-    machine, base = report.machine, report.base
+    if report.suite == "cache":
+        return [_cache_table(report)]
+    base = report.base
     planned = any(row.plan_us for row in report.rows)
     relative = [f"to {base.shape.name}'s"] if base else []
     table = terminal.table(
-        f"{report.suite}: {machine['device']}, CuPy {machine['cupy']}, driver for CUDA {machine['driver_cuda']}",
-        "shape", "KV MB", "limit µs", "ours µs", "of limit", *relative, "GB/s", "fp16 cache µs", "speedup", "host µs",
-        *(["plan µs", "plan of limit", "plan host µs"] if planned else []), "error", caption=report.method,
+        _title(report), "shape", "KV MB", "limit µs", "ours µs", "of limit", *relative, "GB/s", "fp16 cache µs",
+        "speedup", "host µs", *(["plan µs", "plan of limit", "plan host µs"] if planned else []), "error",
+        caption=report.method,
     )  # fmt: skip
     for row in report.rows:
         table.add_row(
@@ -34,6 +36,25 @@ def render(report: Report) -> list[Any]:
             *(_plan_cells(row) if planned else []), Text(f"{row.error:.1e}", style="red" if row.wrong else ""),
         )  # fmt: skip
     return [table, *([_peer_table(report)] if report.peers else []), *map(Text, _reasons(report))]
+
+
+def _title(report: Report) -> str:
+    machine = report.machine
+    return f"{report.suite}: {machine['device']}, CuPy {machine['cupy']}, driver for CUDA {machine['driver_cuda']}"
+
+
+def _cache_table(report: Report) -> Any:
+    table = terminal.table(
+        _title(report), "", "", "MB", "limit µs", "ours µs", "of limit", "GB/s", "host µs", "times faster", "error",
+        left=2, caption=report.method,
+    )  # fmt: skip
+    for row in report.rows:
+        table.add_row(
+            row.name, row.what, f"{row.nbytes / 1e6:.1f}", f"{row.limit_us:.2f}", f"{row.us:.2f}",
+            f"{row.fraction:.3f}", f"{row.gb_per_second:.0f}", f"{row.host_us:.1f}", _or_dash(row.times_faster, ".2f"),
+            Text(f"{row.error:.1e}", style="red" if row.wrong else ""),
+        )  # fmt: skip
+    return table
 
 
 def _plan_cells(row: Row) -> list[str]:
@@ -83,6 +104,8 @@ def _reasons(report: Report) -> list[str]:
 
 def markdown(report: Report) -> str:
     """The table as a document has it: ours, and the fraction of the limit of each family's fastest."""
+    if report.suite == "cache":
+        return _cache_markdown(report)
     families = report.families
     base = report.base
     head = ["shape", "requests × rows, heads, head_dim", "K and V", "read limit", "time", "of the limit"]
@@ -104,10 +127,24 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _cache_markdown(report: Report) -> str:
+    head = ["", "operation", "read and written", "limit", "time", "of the limit", "GB/s", "host", "times faster"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for row in report.rows:
+        cells = (
+            f"`{row.name}`", row.what, f"{row.nbytes / 1e6:.1f} MB", f"{row.limit_us:.1f} µs", f"{row.us:.1f} µs",
+            f"{row.fraction:.3f}", f"{row.gb_per_second:.0f}", f"{row.host_us:.0f} µs",
+            _or_dash(row.times_faster, ".2f"),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def max_fraction(row: Row, peers: list[str]) -> float | None:
     return max((fraction for name in peers if (fraction := row.peer_fraction(name)) is not None), default=None)
 
 
 def _describe(shape: Shape) -> str:
     rows = str(shape.kv_len) if shape.kv_lens is None else f"{min(shape.kv_lens)}…{max(shape.kv_lens)}"
-    return f"{shape.batch} × {rows}, {shape.num_qo_heads}/{shape.num_kv_heads}, {shape.head_dim}"
+    pages = f", pages of {shape.page_size}" if shape.page_size else ""
+    return f"{shape.batch} × {rows}, {shape.num_qo_heads}/{shape.num_kv_heads}, {shape.head_dim}{pages}"

@@ -18,7 +18,12 @@ from typing import Any
 METHOD = (
     "median of CUDA graph replays, each of many calls over input sets that together exceed 4 times the L2 cache; "
     "limit: the fastest of several kernels that only read the same bytes, in the same run "
-    "(of a ragged batch: as many bytes in one piece)"
+    "(of a ragged batch: as many bytes in one piece; of pages: the same pages in the same random order)"
+)
+CACHE_METHOD = (
+    "median of CUDA graph replays, each of many calls over input sets that together exceed 4 times the L2 cache; "
+    "MB: read and written, each byte once; limit, in the same run: a cudaMemcpyAsync from device to device that reads "
+    "and writes as many bytes together, or (of decode) the fastest of several kernels that only read as many"
 )
 #: Input sets hold this many times the L2 cache.
 _L2_MULTIPLE = 4.2

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cupy_fp8kv import cli, terminal
-from cupy_fp8kv.bench import plot, start, suites, table
-from cupy_fp8kv.bench.report import PeerFigure, PeerInfo, Report, Row
+from cupy_fp8kv.bench import measure, plot, start, suites, table
+from cupy_fp8kv.bench.operations import OPERATIONS
+from cupy_fp8kv.bench.report import CacheRow, PeerFigure, PeerInfo, Report, Row
 from cupy_fp8kv.bench.suites import Shape
 from cupy_fp8kv.formats import KV_FORMATS
 
@@ -62,6 +63,22 @@ def test_the_ragged_suite():
     assert long.kv_bytes == (131072 + 63 * 512) * 8 * 128 * 2 and long.cache_shape == (64, 131072, 8, 128)
 
 
+def test_the_paged_suite():
+    shapes = {shape.name: shape for shape in suites.SUITES["paged"]}
+    names = ("gqa4.b64.l4k", "mha.b16.l1k", "gqa4.b16.l4k", "gqa4.b128.l1k", "mha.b64.l1k", "gqa8.b16.l8k")
+    for name in (*names, "ragged.gqa4.b64", "long.gqa4.b64"):
+        assert {shapes[f"{name}.p{page}"].page_size for page in (16, 64)} == {16, 64}
+    assert {shape.page_size for shape in shapes.values()} == {1, 5, 16, 64}
+    padded = {shape.name: shape for suite in ("decode", "ragged") for shape in suites.SUITES[suite]}
+    for shape in shapes.values():
+        same = padded[shape.unpaged_name]
+        assert (shape.kv_bytes, shape.lengths) == (same.kv_bytes, same.lengths)
+        assert sum(shape.page_counts) == shape.cache_shape[0] >= sum(shape.lengths) / shape.page_size
+        assert (shape.kv_layout == "HND") == shape.name.endswith(".hnd")
+    assert shapes["gqa4.b64.l4k.p16.hnd"].cache_shape == (64 * 256, 8, 16, 128)
+    assert shapes["gqa4.b64.l4k.p5"].cache_shape == (64 * 820, 5, 8, 128)
+
+
 def test_every_shape_is_a_call():
     for suite, shapes in suites.SUITES.items():
         assert len({shape.name for shape in shapes}) == len(shapes)
@@ -77,7 +94,8 @@ def test_the_command_line_knows_every_suite(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--suite", "no-such-suite"])
     said = capsys.readouterr().err
-    assert all(repr(suite) in said or suite in said.split("choose from")[1] for suite in (*suites.SUITES, "start"))
+    known = said.split("choose from")[1]
+    assert all(suite in known for suite in (*suites.SUITES, "cache", "start"))
 
 
 # Reports
@@ -87,6 +105,10 @@ def test_a_report_is_its_record(report):
     assert Report.of(json.loads(json.dumps(report.record()))) == report
     ragged = dataclasses.replace(report, rows=(row(dataclasses.replace(SHAPE, kv_lens=(3, 64))),))
     assert Report.of(json.loads(json.dumps(ragged.record()))) == ragged
+    paged = dataclasses.replace(ragged, rows=(row(ragged.rows[0].shape.in_pages(5, "HND")),))
+    assert Report.of(json.loads(json.dumps(paged.record()))) == paged
+    found = paged.record()["rows"][0]
+    assert {"shape": "gqa4.b2", "page_size": 5, "kv_layout": "HND", "of_limit": 0.8}.items() <= found.items()
     record = report.record()
     assert record["rows"][0]["fraction"] == 0.8 and record["rows"][0]["fp16_speedup"] == 1.9
     assert record["rows"][0]["peers"]["fi-tc"]["us"] == 32.0
@@ -94,10 +116,11 @@ def test_a_report_is_its_record(report):
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("h100-*.json")), ids=lambda path: path.stem)
 def test_stored_records_show_themselves(path, capsys):
-    suite = json.loads(path.read_text(encoding="utf-8")).get("suite")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    suite = record.get("suite")
     code = cli.main(["bench", "--from", str(path)])
     said = capsys.readouterr()
-    if suite in (*suites.SUITES, "start"):
+    if suite == "start" or "tolerances" in record:  # what bench writes
         assert code == 0 and suite in said.out and "H100" in said.out
     else:
         assert code == 1 and "is not a record of bench" in said.err and str(path) in said.err
@@ -119,6 +142,68 @@ def test_what_is_no_record_is_named(text, tmp_path, capsys):
     assert "record.json is not a record of bench" in capsys.readouterr().err
     assert cli.main(["bench", "--from", str(tmp_path / "absent.json")]) == 1
     assert "absent.json" in capsys.readouterr().err
+
+
+# Suite cache
+
+
+@pytest.fixture
+def cache_report(report):
+    rows = (
+        CacheRow("append.f16.b64", "append", 2000, 1000, 4.0, "cudaMemcpyAsync", 5.0, 4.9, 5.2, 12.0, 0.0, 0.0),
+        CacheRow("prefix.a", "a", 10**9, 0, 90.0, "read", 100.0, 99.0, 101.0, 9.0, 3e-4, 1e-3),
+        CacheRow("prefix.b", "b", 10**6, 0, 20.0, "read", 40.0, 39.0, 41.0, 9.0, 3e-4, 1e-3, "prefix.a"),
+    )
+    compared = tuple(measure.held_against_each_other(rows))
+    return dataclasses.replace(report, suite="cache", rows=compared, peers={})
+
+
+def test_a_report_of_suite_cache_is_its_record(cache_report):
+    record = cache_report.record()
+    assert Report.of(json.loads(json.dumps(record))) == cache_report and not cache_report.wrong
+    first, alone, shared = record["rows"]
+    assert (first["nbytes"], first["gb_per_second"], first["fraction"], first["times_faster"]) == (3000, 0.6, 0.8, None)
+    assert alone["times_faster"] is None and (shared["times_faster"], shared["against"]) == (2.5, "prefix.a")
+    for name, error in (("append.f16.b64", 1e-9), ("prefix.a", 2e-3), ("prefix.b", float("nan"))):
+        rows = tuple(dataclasses.replace(one, error=error) if one.name == name else one for one in cache_report.rows)
+        assert dataclasses.replace(cache_report, rows=rows).wrong
+    assert measure.held_against_each_other(cache_report.rows[2:])[0].times_faster is None, "what was not measured"
+
+
+def test_the_tables_of_suite_cache(cache_report):
+    lines = [" ".join(line.split()) for line in text_of(table.render(cache_report)).splitlines()]
+    assert "│ append.f16.b64 │ append │ 0.0 │ 4.00 │ 5.00 │ 0.800 │ 1 │ 12.0 │ - │ 0.0e+00 │" in lines
+    assert "│ prefix.b │ b │ 1.0 │ 20.00 │ 40.00 │ 0.500 │ 25 │ 9.0 │ 2.50 │ 3.0e-04 │" in lines
+    lines = table.markdown(cache_report).splitlines()
+    assert lines[-1] == "| `prefix.b` | b | 1.0 MB | 20.0 µs | 40.0 µs | 0.500 | 25 | 9 µs | 2.50 |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_record_of_suite_cache_is_shown_in_part(cache_report, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "check", lambda path: None)
+    path, part = tmp_path / "record.json", tmp_path / "part.json"
+    terminal.write_json(path, cache_report.record())
+    assert cli.main(["bench", "--from", str(path), "--shapes", "prefix.b", "--json", str(part), "--markdown"]) == 0
+    assert capsys.readouterr().out.count("`prefix") == 1
+    assert Report.of(json.loads(part.read_text(encoding="utf-8"))).rows == cache_report.rows[2:]
+    for arguments in (["--plot", str(tmp_path / "x.png")], ["--peers", "torch"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["bench", "--from", str(path), *arguments])
+        assert stopped.value.code == 2
+        assert "--plot, --peers: suite cache has no shapes to draw and no peers" in capsys.readouterr().err
+
+
+def test_the_operations_of_suite_cache():
+    known = {one.name: one for one in OPERATIONS}
+    assert len(known) == len(OPERATIONS)
+    append = known["append.token.l8k"]
+    assert append.read_bytes == 2 * 8192 * 8 * 128 * 2 and append.written_bytes == 2 * 8192 * 8 * (128 + 4)
+    assert known["append.codes.b256"].read_bytes == known["append.codes.b256"].written_bytes == 2 * 256 * 8 * 128
+    assert known["merge_states.n8k.s4"].read_bytes == 4 * 8192 * 32 * (2 * 128 + 4)
+    own = 2 * 64 * 256 * 8 * 128
+    assert known["shared_prefix.wrapper"].read_bytes == known["shared_prefix.tables"].read_bytes == own * 3 // 2
+    assert known["shared_prefix.copies"].read_bytes == own * (8192 + 256) // 256
+    assert {one.against for one in OPERATIONS} == {"", "shared_prefix.copies"}
 
 
 # Tables
@@ -161,7 +246,9 @@ def test_markdown_has_the_fastest_of_each_family(report):
     assert lines[2].endswith("| 0.800 | 1.90 | 9 µs | 0.50 |") and lines[3].endswith("| 0.500 | - | 9 µs | 0.25 |")
     assert len({line.count("|") for line in lines}) == 1
     ragged = dataclasses.replace(report, rows=(row(dataclasses.replace(SHAPE, kv_lens=(3, 64))),), peers={})
-    assert "2 × 3…64, 8/2, 32" in table.markdown(ragged)
+    assert "2 × 3…64, 8/2, 32 |" in table.markdown(ragged)
+    paged = dataclasses.replace(ragged, rows=(row(SHAPE.in_pages(16)),))
+    assert "2 × 64, 8/2, 32, pages of 16 |" in table.markdown(paged)
 
 
 # The figure
@@ -219,6 +306,10 @@ def test_a_record_is_shown_in_part(report, tmp_path, capsys):
         (["--peers", "flashattention"], "--peers: no peer's name starts with 'flashattention'; there are torch-fp16"),
         (["--suite", "start", "--plot", "x.png"], "suite start has no shapes"),
         (["--suite", "start", "--markdown"], "suite start has no shapes"),
+        (["--suite", "cache", "--plot", "x.png"], "suite cache has no shapes to draw and no peers"),
+        (["--suite", "cache", "--peers", "torch"], "suite cache has no shapes to draw and no peers"),
+        (["--suite", "cache", "--shapes", "prepend"], "no shape of suite cache starts with prepend; it has append."),
+        (["--suite", "paged", "--shapes", "p16"], "no shape of suite paged starts with p16; it has gqa4.b64.l4k.p16,"),
     ],
 )
 def test_usage_errors(arguments, message, capsys, monkeypatch):

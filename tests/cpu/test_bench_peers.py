@@ -50,9 +50,11 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def paged_attention(torch, q, caches, table, lengths):
+def paged_attention(torch, q, caches, table, lengths, kv_layout="NHD"):
     """NumPy attention over pages."""
     k, v = (cache.view(torch.uint8).numpy() for cache in caches)
+    if kv_layout == "HND":
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     page = k.shape[1]
     out = np.zeros(tuple(q.shape), np.float32)
     for request, length in enumerate(int(length) for length in lengths):
@@ -69,7 +71,8 @@ def stand_ins(torch, monkeypatch):
 
     class Wrapper:
         def __init__(self, workspace, kv_layout, use_tensor_cores, backend):
-            assert kv_layout == "NHD" and workspace.dtype is torch.uint8
+            assert workspace.dtype is torch.uint8
+            self.layout = kv_layout
             assert backend == ("fa2" if use_tensor_cores else "auto")
 
         def plan(
@@ -82,9 +85,9 @@ def stand_ins(torch, monkeypatch):
             self.facts = (qo_heads, kv_heads, head_dim, page)
 
         def run(self, q, caches):
-            k = caches[0]
+            k = caches[0] if self.layout == "NHD" else caches[0].transpose(1, 2)
             assert self.facts == (q.shape[1], k.shape[2], k.shape[3], k.shape[1])
-            return paged_attention(torch, q, caches, self.table, self.lengths)
+            return paged_attention(torch, q, caches, self.table, self.lengths, self.layout)
 
     def xqa(q, caches, workspace, table, lengths, most, bmm1_scale, bmm2_scale):
         assert lengths.dtype is torch.uint32 and most >= int(lengths.view(torch.int32).max()) and bmm2_scale == 1
@@ -144,8 +147,9 @@ def input_sets(shape, monkeypatch):
 
     qs = [values((shape.batch, shape.num_qo_heads, shape.head_dim), shape.q) for _ in range(2)]
     caches = [(values(shape.cache_shape, shape.k), values(shape.cache_shape, shape.v)) for _ in range(2)]
-    lens = None if shape.kv_lens is None else np.array(shape.kv_lens, np.int32)
-    return inputs.InputSets(shape, qs, caches, qs, {}, lens)
+    lens = None if shape.kv_lens is None or shape.page_size else np.array(shape.kv_lens, np.int32)
+    kind = inputs.PagedInputSets if shape.page_size else inputs.InputSets
+    return kind(shape, qs, caches, qs, {}, lens)
 
 
 def error_of(peer, shape, torch, monkeypatch):
@@ -156,6 +160,7 @@ def error_of(peer, shape, torch, monkeypatch):
 
 RAGGED = dataclasses.replace(SHAPE, batch=5, kv_len=128, kv_lens=(1, 128, 33, 64, 127))
 LARGE = Shape("mha.b40", 40, 64, 2, 2, 32)  # more requests than vLLM splits by itself
+ONE_PAGE_A_REQUEST = ("fi-tc-padded", "fa3-padded")
 
 
 @pytest.mark.parametrize("shape", [SHAPE, RAGGED, LARGE], ids=["full", "ragged", "large"])
@@ -170,6 +175,33 @@ def test_peers_are_given_the_same_problem(peer, shape, torch, monkeypatch):
                 error_of(peer, shape, torch, monkeypatch)
             shape = dataclasses.replace(shape, batch=65, kv_lens=None)
     assert error_of(peer, shape, torch, monkeypatch) < (0.06 if peer.name.startswith("fa3") else 5e-4)
+
+
+@pytest.mark.parametrize("shape", [SHAPE.in_pages(16), RAGGED.in_pages(32), RAGGED.in_pages(5)], ids=lambda s: s.name)
+@pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
+def test_peers_have_the_same_pages(peer, shape, torch, monkeypatch):
+    """The stand-ins compute from the pools, the page size and the table that a peer is told."""
+    stand_ins(torch, monkeypatch)
+    monkeypatch.setattr(peers, "_WORKSPACE_BYTES", 16)
+    if peer.name == "vllm-split":
+        shape = dataclasses.replace(shape, batch=65, num_kv_heads=2, num_qo_heads=8, kv_lens=None)
+    refused = peer.module == "torch" or peer.name in ONE_PAGE_A_REQUEST
+    if refused or (peer.name == "fi-xqa" and shape.page_size == 5):
+        with pytest.raises(peers.UnsupportedError, match=r"no pages|a page a request|pages of 16, 32, 64, 128 rows"):
+            error_of(peer, shape, torch, monkeypatch)
+    else:
+        assert error_of(peer, shape, torch, monkeypatch) < (0.06 if peer.name.startswith("fa3") else 5e-4)
+
+
+@pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
+def test_flashinfer_has_hnd_pages_too(peer, torch, monkeypatch):
+    stand_ins(torch, monkeypatch)
+    monkeypatch.setattr(peers, "_WORKSPACE_BYTES", 16)
+    if peer.name in ("fi-cc", "fi-tc"):
+        assert error_of(peer, RAGGED.in_pages(16, "HND"), torch, monkeypatch) < 5e-4
+    else:
+        with pytest.raises(peers.UnsupportedError):
+            error_of(peer, RAGGED.in_pages(16, "HND"), torch, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +382,6 @@ def test_the_child_measures_each_shape(torch, monkeypatch, tmp_path):
 
 
 def test_shapes_reach_a_process_unchanged():
-    shapes = [SHAPE, RAGGED]
+    shapes = [SHAPE, RAGGED, RAGGED.in_pages(5, "HND")]
     sent = json.loads(json.dumps([dataclasses.asdict(shape) for shape in shapes]))
     assert peers.shapes_of(sent) == shapes

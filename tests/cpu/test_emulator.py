@@ -17,6 +17,7 @@ from cupy_fp8kv import arrays as boundary
 from cupy_fp8kv.backends import cuda, reference
 from cupy_fp8kv.bench.limit import ReadSpec
 from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
+from cupy_fp8kv.jit.params import divisors
 from cupy_fp8kv.plan import plan_decode
 
 #: A second or less each, and together every format, layout, view, option, tile and number of splits.
@@ -149,19 +150,46 @@ def test_host_arrays_go_up_and_come_back(emulate, monkeypatch, batched):
         np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=2e-3, atol=2e-3)
 
 
+#: What it would store is the exclusive or of all words; to see it, the kernel must find it unlikely.
+UNLIKELY = np.uint32(0x5BD1E995)
+
+
+def read(emulate, k, v, nbytes, indices=None):
+    """What the read kernel would store. Of pages as ``indices`` puts them in order: their first ``nbytes``."""
+    sink = move(np.zeros(1, np.uint32))
+    value, multiplier, shift = divisors(page_words=1 if indices is None else k[0].nbytes // 16).values()
+    words = value | multiplier << 32, shift | value << 32, multiplier | shift << 32
+    pages = 0 if indices is None else indices
+    emulate.call(ReadSpec(4, 128, indices is not None), 3, k, v, sink, nbytes, nbytes, pages, *words)
+    return sink[0]
+
+
 @pytest.mark.parametrize("rows", [1, 511, 512, 1300])
 def test_the_read_limit_reads_every_byte_once(emulate, rows):
-    """What it would store is the exclusive or of all words; to see it, the kernel must find it unlikely."""
-    rng = np.random.default_rng(rows)
-    k, v = (move(rng.integers(0, 2**32, (rows, 4), np.uint32)) for _ in range(2))
-    sink = move(np.zeros(1, np.uint32))
-    folded = np.zeros(1, np.uint32)
-    # Every thread folds its own words: with one word in all that is not 0, one thread has it.
-    k[...], v[...] = 0, 0
-    k[-1, 3] = folded[0] = 0x5BD1E995
-    emulate.call(ReadSpec(4, 128), 3, k, v, sink, k.nbytes, v.nbytes)
-    assert sink[0] == folded[0]
-    k[-1, 3], v[-1, 0] = 0, folded[0]
-    sink[0] = 0
-    emulate.call(ReadSpec(4, 128), 3, k, v, sink, k.nbytes, v.nbytes)
-    assert sink[0] == folded[0]
+    """Every thread folds its own words: with one word in all that is not 0, one thread has it."""
+    k, v = (move(np.zeros((rows, 4), np.uint32)) for _ in range(2))
+    k[-1, 3] = UNLIKELY
+    assert read(emulate, k, v, k.nbytes) == UNLIKELY
+    k[-1, 3], v[-1, 0] = 0, UNLIKELY
+    assert read(emulate, k, v, k.nbytes) == UNLIKELY
+
+
+@pytest.mark.parametrize("page_words", [1, 5, 192, 512])
+def test_the_read_limit_goes_through_pages_as_they_are_listed(emulate, page_words):
+    """Listed are some pages of many, and of the last one only a part is read."""
+    rng = np.random.default_rng(page_words)
+    listed = move(rng.permutation(1500 // page_words + 3)[: 1300 // page_words + 1].astype(np.int32))
+    k, v = (move(np.zeros((1500 // page_words + 3, page_words, 4), np.uint32)) for _ in range(2))
+    count = (len(listed) - 1) * page_words + (page_words + 1) // 2
+    may = np.zeros(k.shape, bool)
+    may.reshape(len(k), -1)[listed[:-1]] = True
+    may[listed[-1], : (page_words + 1) // 2] = True
+    for array in (k, v):
+        for word in (0, page_words, count // 2, count - 1):
+            if word < count:
+                place = array[listed[word // page_words], word % page_words]
+                place[2] = UNLIKELY
+                with emulate.watching((k, may), (v, may)):
+                    assert read(emulate, k, v, 16 * count, listed) == UNLIKELY
+                place[2] = 0
+    assert read(emulate, k, v, 16 * count, listed) == 0
