@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +11,7 @@ from rich.text import Text
 
 from . import terminal
 from .bench import limit
-from .jit import sources
+from .jit import processes, sources
 from .jit.compiler import CompileReport, compile_offline
 from .jit.covering import SETS
 from .jit.spec import Spec
@@ -47,25 +43,13 @@ def compile_all(wanted: list[Job]) -> tuple[list[CompileReport], float]:
         raise terminal.CommandError(
             f'compiling needs CuPy and NVRTC ({error}): pip install "cupy_fp8kv[cuda12]" (or cuda13)'
         ) from error
-    workers = min(os.cpu_count() or 1, len(wanted))
-    print(f"compiling {len(wanted)} kernels on {workers} cores with NVRTC {version}", file=sys.stderr, flush=True)
+    cores = processes.workers(len(wanted))
+    print(f"compiling {len(wanted)} kernels on {cores} cores with NVRTC {version}", file=sys.stderr, flush=True)
     started = time.perf_counter()
-    # Ctrl-C reaches all processes of a terminal; workers inherit that they ignore it, and this one ends them.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        order = {pool.submit(_compile, job): index for index, job in enumerate(wanted)}
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    try:
-        with terminal.progress() as bar:
-            task = bar.add_task("compiling", total=len(wanted))
-            for _ in as_completed(order):
-                bar.advance(task)
-        done: list[Future[CompileReport]] = sorted(order, key=order.__getitem__)
-        return [future.result() for future in done], time.perf_counter() - started
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with terminal.progress() as bar:
+        task = bar.add_task("compiling", total=len(wanted))
+        reports = processes.on_all_cores(_compile, wanted, lambda: bar.advance(task))
+    return reports, time.perf_counter() - started
 
 
 def _cell(report: CompileReport | None) -> Text:
