@@ -137,13 +137,9 @@ def test_the_record_is_written_after_each_shape(made_up_study, monkeypatch, tmp_
     record = json.loads(path.read_text())
     assert [len(shapes) for shapes in told] == [0, 1] and len(record["shapes"]) == 2 and record["count"] == 4
     lines = capsys.readouterr().err.splitlines()
-    assert "kernels, 7 of them compiled" in lines[0]
-    assert (
-        lines[1].startswith("0.0: 3 × 3872, 18/3 heads of 128: planned")
-        and lines[2].startswith("0.1: ")
-        and "cut off" in lines[-1]
-        and list(tmp_path.iterdir()) == [path]
-    )
+    assert "kernels, 7 of them compiled" in lines[0] and "cut off" in lines[-1]
+    assert lines[1].startswith("0.0: 3 × 3872, 18/3 heads of 128: planned") and lines[2].startswith("0.1: ")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_shapes_that_no_time_is_left_for(made_up_study):
