@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +11,7 @@ from rich.text import Text
 
 from . import terminal
 from .bench import limit
-from .jit import nvrtc, sources
+from .jit import nvrtc, processes, sources
 from .jit.compiler import CompileReport, compile_module
 from .jit.covering import SETS, usual_set
 from .jit.spec import Spec
@@ -35,8 +31,8 @@ def is_bad(report: CompileReport) -> bool:
     return bool(report.error or report.spill_bytes)
 
 
-def _compile(specs: list[Spec], arch: int) -> list[CompileReport]:
-    return [replace(report, cubin=b"") for report in compile_module(specs, arch)]
+def _compile(job: tuple[list[Spec], int]) -> list[CompileReport]:
+    return [replace(report, cubin=b"") for report in compile_module(*job)]
 
 
 def _version() -> str:
@@ -74,32 +70,19 @@ def compile_all(wanted: list[Job]) -> tuple[list[CompileReport], float]:
     modules: dict[tuple[str, int], list[int]] = {}
     for index, (spec, arch) in enumerate(wanted):
         modules.setdefault((spec.source(), arch), []).append(index)
-    workers = min(os.cpu_count() or 1, len(modules))
-    print(f"compiling {len(wanted)} kernels on {workers} cores with NVRTC {version}", file=sys.stderr, flush=True)
+    cores = processes.workers(len(modules))
+    print(f"compiling {len(wanted)} kernels on {cores} cores with NVRTC {version}", file=sys.stderr, flush=True)
     started = time.perf_counter()
-    # Ctrl-C reaches all processes of a terminal; workers inherit that they ignore it, and this one ends them.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        running = {
-            pool.submit(_compile, [wanted[index][0] for index in indices], arch): indices
-            for (_, arch), indices in modules.items()
-        }
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    try:
-        with terminal.progress() as bar:
-            task = bar.add_task("compiling", total=len(wanted))
-            for future in as_completed(running):
-                bar.advance(task, len(running[future]))
-        reports = {
-            index: report
-            for future, indices in running.items()
-            for index, report in zip(indices, future.result(), strict=True)
-        }
-        return [reports[index] for index in range(len(wanted))], time.perf_counter() - started
-    finally:
-        pool.shutdown(cancel_futures=True)
+    compilations = [([wanted[index][0] for index in indices], arch) for (_, arch), indices in modules.items()]
+    with terminal.progress() as bar:
+        task = bar.add_task("compiling", total=len(modules))
+        found = processes.on_all_cores(_compile, compilations, lambda: bar.advance(task))
+    reports = {
+        index: report
+        for indices, of_module in zip(modules.values(), found, strict=True)
+        for index, report in zip(indices, of_module, strict=True)
+    }
+    return [reports[index] for index in range(len(wanted))], time.perf_counter() - started
 
 
 def _cell(report: CompileReport | None) -> Text:

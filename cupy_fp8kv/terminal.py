@@ -42,4 +42,11 @@ def table(title: str, *columns: str, left: int = 1, caption: str | None = None) 
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    """The whole of it or none: a command that is cut off leaves what it wrote before."""
+    text = json.dumps(record, indent=1) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")  # a pipe
+        return
+    written = path.with_name(f"{path.name}.tmp")
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)

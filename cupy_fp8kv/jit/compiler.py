@@ -148,12 +148,20 @@ def _kept_module(file: str) -> Any:
 
 def _compiled_module(spec: Spec, file: str, arch: int, quiet: bool) -> Any:
     with nullcontext() if quiet else _Progress(spec, arch):
-        try:
-            cubin, _ = nvrtc.compile_source(spec.source(), nvrtc.nearest_arch(arch))
-        except nvrtc.CompileError as error:
-            raise RuntimeError(f"NVRTC cannot compile {spec} for sm_{arch}:\n{error}") from error
+        return _module(compile_to_file(spec, arch, file))
+
+
+def compile_to_file(spec: Spec, arch: int, file: str) -> bytes:
+    """The cubin of ``spec`` for a device of sm_``arch``, kept in ``file``. Needs NVRTC, but no GPU.
+
+    RuntimeError with NVRTC's log and the specialisation if it does not compile.
+    """
+    try:
+        cubin, _ = nvrtc.compile_source(spec.source(), nvrtc.nearest_arch(arch))
+    except nvrtc.CompileError as error:
+        raise RuntimeError(f"NVRTC cannot compile {spec} for sm_{arch}:\n{error}") from error
     kernel_files.write(file, cubin)
-    return _module(cubin)
+    return cubin
 
 
 def _module(cubin: bytes) -> Any:

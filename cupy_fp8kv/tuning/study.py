@@ -6,8 +6,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.text import Text
@@ -18,11 +18,15 @@ from ..bench.measure import machine_record
 from ..bench.suites import Shape
 from ..formats import KV_FORMATS
 from ..jit import sources
+from ..jit.compiler import load_all
 from ..jit.device import device_info, require_cupy
+from ..jit.processes import compile_to_files
+from ..plan import Plan
 from ..problem import DecodeProblem, Facts, bind_decode
 from .options import plan_options
 from .report import Bars, call_of
-from .tune import TuneResult, compile_plans, counter, tune_call
+from .search import Verdict, judge
+from .tune import TuneResult, counter, searched, specs_of
 
 #: Bytes of K and V of a shape, drawn evenly on a logarithmic scale.
 _BYTES = (4e6, 1e9)
@@ -40,11 +44,40 @@ TARGETS = (0.01, 0.05)
 class Outcome:
     shape: Shape
     result: TuneResult
+    verdict: Verdict
+    seconds: float  # of the search and the verdict
+
+
+@dataclass
+class Study:
+    """What was asked for, and what there is of it so far.
+
+    ``kernels``: how many the options of all shapes need, ``compiled``: how many of them no file held. ``seconds`` is
+    the wall time of everything, ``compile_seconds`` of compiling and loading all kernels before the first shape.
+    """
+
+    seed: int
+    count: int
+    machine: dict[str, Any]
+    kernels: int = 0
+    compiled: int = 0
+    compile_seconds: float = 0.0
+    seconds: float = 0.0
+    outcomes: list[Outcome] = field(default_factory=list)
 
     @property
-    def loss(self) -> float:
-        """How much longer the planner's choice takes than the best option: 0.02 for 2 %."""
-        return self.result.planned_us / self.result.best_us - 1
+    def losses(self) -> list[float]:
+        return [outcome.verdict.loss for outcome in self.outcomes]
+
+    @property
+    def noises(self) -> list[float]:
+        return [outcome.verdict.noise for outcome in self.outcomes]
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "median_loss": statistics.median(self.losses), "worst_loss": max(self.losses),
+            "median_noise": statistics.median(self.noises), "worst_noise": max(self.noises),
+        }  # fmt: skip
 
 
 def random_shapes(seed: int, count: int) -> list[Shape]:
@@ -80,80 +113,122 @@ def problem_of(shape: Shape) -> DecodeProblem:
     return bind_decode(q, cache(shape.k), cache(shape.v), batched=True, kv_layout=shape.kv_layout)
 
 
-def run(shapes: Sequence[Shape], seconds: float) -> list[Outcome]:
-    """Search every shape, as many as ``seconds`` suffice for. terminal.CommandError if that is none."""
+def run(seed: int, count: int, seconds: float, done: Callable[[Study], object] = lambda study: None) -> Study:
+    """Search shapes, as many as ``seconds`` suffice for; ``done`` is called after each with what there is by then.
+
+    terminal.CommandError if no shape was searched.
+    """
     cupy, started = require_cupy(), time.perf_counter()
     device = cupy.cuda.runtime.getDevice()
-    outcomes = []
+    shapes = random_shapes(seed, count)
+    study = Study(seed, count, machine_record())
     with terminal.progress() as bars:
-        task, parts = bars.add_task("shapes", total=len(shapes)), Bars(bars)
-        # All at once, so that no core waits for a shape's last kernel.
-        plans = [plan for shape in shapes for plan in plan_options(problem_of(shape), device_info(device))]
-        compile_plans(plans, "f16", device, counter("compiling", parts))
+        task, parts = bars.add_task("shapes", total=count), Bars(bars)
+        _compile(study, shapes, device, parts)
+        study.compile_seconds = study.seconds = time.perf_counter() - started
+        _say(bars, f"{study.kernels} kernels, {study.compiled} of them compiled, {study.compile_seconds:.1f} s")
         filler = Filler()
         for shape in shapes:
-            if time.perf_counter() - started > seconds:
+            began = time.perf_counter()
+            if began - started > seconds:
                 break
-            outcomes.append(Outcome(shape, tune_call(call_of(shape, filler), parts)))
+            result, contest = searched(call_of(shape, filler), parts)
+            verdict = judge(result.tried, result.planned, contest)
+            del contest  # and its copies of the caches
             cupy.get_default_memory_pool().free_all_blocks()
+            now = time.perf_counter()
+            study.outcomes.append(Outcome(shape, result, verdict, now - began))
+            study.seconds = now - started
+            _say(bars, _line(study.outcomes[-1]))
+            done(study)
             bars.advance(task)
-    if not outcomes:
+    if not study.outcomes:
         raise terminal.CommandError(f"no shape was searched in {seconds:g} seconds: compiling took all of them")
-    return outcomes
+    return study
 
 
-def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    losses = [outcome.loss for outcome in outcomes]
-    return {"median_loss": statistics.median(losses), "worst_loss": max(losses)}
+def _compile(study: Study, shapes: Sequence[Shape], device: int, parts: Bars) -> None:
+    """Every kernel of every shape before the first is measured, so that no core waits for a shape's last kernel."""
+    info = device_info(device)
+    plans = [plan for shape in shapes for plan in plan_options(problem_of(shape), info)]
+    specs = specs_of(plans, "f16")
+    study.kernels, study.compiled = compile_to_files(specs, info.arch, counter("compiling", parts))
+    load_all(specs, device, counter("loading", parts)(len(specs)))
 
 
-def render(outcomes: Sequence[Outcome], wanted: int, seed: int) -> Any:
-    machine, told = machine_record(), summary(outcomes)
-    left_out = f"; {wanted - len(outcomes)} shapes were left out for want of time" if wanted > len(outcomes) else ""
+def _say(bars: Any, line: str) -> None:
+    """On stderr, above the bars if there are any."""
+    bars.console.print(line, soft_wrap=True)
+
+
+def _line(outcome: Outcome) -> str:
+    shape, verdict = outcome.shape, outcome.verdict
+    return (
+        f"{shape.name}: {shape.batch} × {shape.kv_len}, {shape.num_qo_heads}/{shape.num_kv_heads} heads of "
+        f"{shape.head_dim}: planned {verdict.planned_us:.2f} µs, best {verdict.best_us:.2f} µs, loss "
+        f"{verdict.loss:.2%}, noise {verdict.noise:.2%}, {len(outcome.result.tried)} options, {outcome.seconds:.1f} s"
+    )
+
+
+def render(study: Study) -> Any:
+    told, searched_of = study.summary(), len(study.outcomes)
+    left_out = f"; {study.count - searched_of} shapes were left out for want of time"
     table = terminal.table(
-        f"planner study, seed {seed}: {machine['device']}, median loss {told['median_loss']:.2%}, "
-        f"worst {told['worst_loss']:.2%} of {len(outcomes)} shapes{left_out}",
-        "shape", "requests × rows", "heads", "D", "KV MB", "planned µs", "best µs", "loss", "options", "planned",
-        "best",
-        caption=f"loss: the planner's choice against the best option, in turn; wanted: median {TARGETS[0]:.0%}, "
-        f"worst {TARGETS[1]:.0%}",
+        f"planner study, seed {study.seed}: {study.machine['device']}, median loss {told['median_loss']:.2%}, "
+        f"worst {told['worst_loss']:.2%} of {searched_of} shapes{left_out if study.count > searched_of else ''}",
+        "shape", "requests × rows", "heads", "D", "KV MB", "planned µs", "best µs", "loss", "noise", "options",
+        "planned", "best",
+        caption=f"loss: the planner's choice against the best option, measured afresh in turn; wanted: median "
+        f"{TARGETS[0]:.0%}, worst {TARGETS[1]:.0%}; noise: two measurements of the planner's choice in the same turns; "
+        f"{study.kernels} kernels in {study.compile_seconds:.0f} s, {study.seconds:.0f} s in all",
     )  # fmt: skip
     for column in table.columns[-2:]:
         column.justify = "left"
-    for outcome in outcomes:
-        shape, result = outcome.shape, outcome.result
+    for outcome in study.outcomes:
+        shape, result, verdict = outcome.shape, outcome.result, outcome.verdict
         table.add_row(
             shape.name, f"{shape.batch} × {shape.kv_len}", f"{shape.num_qo_heads}/{shape.num_kv_heads}",
-            str(shape.head_dim), f"{shape.kv_bytes / 1e6:.1f}", f"{result.planned_us:.2f}", f"{result.best_us:.2f}",
-            Text(f"{outcome.loss:.2%}", style="red" if outcome.loss > TARGETS[1] else ""), str(len(result.tried)),
-            _short(result.planned), _short(result.tried[0].plan),
+            str(shape.head_dim), f"{shape.kv_bytes / 1e6:.1f}", f"{verdict.planned_us:.2f}", f"{verdict.best_us:.2f}",
+            Text(f"{verdict.loss:.2%}", style="red" if verdict.loss > TARGETS[1] else ""), f"{verdict.noise:.2%}",
+            str(len(result.tried)), _short(result.planned), _short(verdict.best),
         )  # fmt: skip
     return table
 
 
-def _short(plan: Any) -> str:
+def _short(plan: Plan) -> str:
     spec = plan.spec
     ring = f" ring {spec.heads} heads {spec.stages} stages" if spec.stages else ""
     return f"{spec.tile_rows} rows {spec.warps}x{spec.ctas_per_sm}{ring}, {plan.splits} splits"
 
 
-def record(outcomes: Sequence[Outcome], wanted: int, seed: int) -> dict[str, Any]:
-    """As JSON takes it: of each shape only the last round."""
+def _chosen(plan: Plan) -> dict[str, int]:
+    """What a plan decides; the rest of its kernel follows from the shape."""
+    spec = plan.spec
     return {
-        "seed": seed, "count": wanted, **machine_record(), "sources": sources.digest(), **summary(outcomes),
-        "shapes": [
-            {
-                **asdict(outcome.shape), "kv_bytes": outcome.shape.kv_bytes, "loss": outcome.loss,
-                "options": len(outcome.result.tried), "cold": outcome.result.cold,
-                "planned": _short(outcome.result.planned), "planned_us": outcome.result.planned_us,
-                "best": _short(outcome.result.tried[0].plan), "best_us": outcome.result.best_us,
-                "seconds": round(outcome.result.seconds, 2),
-                "last_round": [
-                    {"plan": _short(one.plan), "spec": str(one.plan.spec), "splits": one.plan.splits, "us": one.us}
-                    for one in outcome.result.tried
-                    if one.rounds == outcome.result.tried[0].rounds
-                ],
-            }
-            for outcome in outcomes
-        ],
+        "columns": 8 * spec.column_tiles, "rows": spec.tile_rows, "warps": spec.warps, "ctas_per_sm": spec.ctas_per_sm,
+        "heads": spec.heads, "stages": spec.stages, "splits": plan.splits, "grid": plan.grid,
+    }  # fmt: skip
+
+
+def record(study: Study) -> dict[str, Any]:
+    """As JSON takes it, with every option of every shape: planners' rules can be derived from it."""
+    return {
+        "seed": study.seed, "count": study.count, **study.machine, "sources": sources.digest(), **study.summary(),
+        "kernels": study.kernels, "compiled": study.compiled, "compile_seconds": round(study.compile_seconds, 2),
+        "measure_seconds": round(sum(outcome.seconds for outcome in study.outcomes), 2),
+        "seconds": round(study.seconds, 2),
+        "shapes": [_of_shape(outcome) for outcome in study.outcomes],
+    }  # fmt: skip
+
+
+def _of_shape(outcome: Outcome) -> dict[str, Any]:
+    """``candidates``: best first, with the microseconds of the last round that each came into (more rounds, more
+    replays); ``planned_us`` and ``best_us`` were measured afterwards."""
+    result, verdict = outcome.result, outcome.verdict
+    return {
+        **asdict(outcome.shape), "kv_bytes": outcome.shape.kv_bytes, "loss": verdict.loss, "noise": verdict.noise,
+        "cold": result.cold, "options": len(result.tried), "seconds": round(outcome.seconds, 2),
+        "planned": _chosen(result.planned), "planned_us": verdict.planned_us, "planned_again_us": verdict.again_us,
+        "best": _chosen(verdict.best), "best_us": verdict.best_us,
+        "candidates": [{**_chosen(one.plan), "us": round(one.us, 3), "rounds": one.rounds} for one in result.tried],
     }  # fmt: skip

@@ -62,11 +62,6 @@ class TuneResult:
         """How much longer the planner's choice takes: 0.02 for 2 %."""
         return self.planned_us / self.us - 1
 
-    @property
-    def best_us(self) -> float:
-        """Of the last round, whether or not the gain was worth another plan."""
-        return min(one.us for one in self.tried if one.rounds == self.tried[0].rounds)
-
     def __repr__(self) -> str:
         chosen = "the planner's choice stays" if self.plan is self.planned else f"{self.gain:.1%} faster than planned"
         return (
@@ -166,6 +161,11 @@ def tune(
 
 def tune_call(call: Call, progress: Progress | None = None) -> TuneResult:
     """The search for a call; nothing is kept."""
+    return searched(call, progress)[0]
+
+
+def searched(call: Call, progress: Progress | None = None) -> tuple[TuneResult, GpuContest]:
+    """The same, and the contest that it was held in, for more of them."""
     started = time.perf_counter()
     if not call.problem.batch or not call.problem.kv_len:
         raise ValueError(f"k: expected requests with rows, there is nothing to tune in {call.problem}")
@@ -179,9 +179,10 @@ def tune_call(call: Call, progress: Progress | None = None) -> TuneResult:
     plan, us = planned, planned_us
     if tried[0].us * (1 + _MIN_GAIN) < planned_us:
         plan, us = tried[0].plan, tried[0].us
-    return TuneResult(
+    result = TuneResult(
         call.problem, info, plan, planned, us, planned_us, tuple(tried), contest.cold, time.perf_counter() - started
     )  # fmt: skip
+    return result, contest
 
 
 def keep(result: TuneResult) -> TuneResult:
@@ -198,8 +199,13 @@ def keep(result: TuneResult) -> TuneResult:
 
 def compile_plans(plans: Iterable[Plan], q_format: str, device: int, counter: _Counter) -> None:
     """Compile what plans need, on all cores."""
-    specs: list[Spec] = [*dict.fromkeys(plan.spec for plan in plans), MergeSpec(q_format)]
+    specs = specs_of(plans, q_format)
     compiler.load_all(specs, device, counter(len(specs)))
+
+
+def specs_of(plans: Iterable[Plan], q_format: str) -> list[Spec]:
+    """The kernels of plans, each once."""
+    return [*dict.fromkeys(plan.spec for plan in plans), MergeSpec(q_format)]
 
 
 def counter(what: str, progress: Progress | None) -> _Counter:

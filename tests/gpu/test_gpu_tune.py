@@ -203,10 +203,19 @@ def test_the_study_of_two_shapes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(study, "_HEAD_DIMS", (64,))
     few(monkeypatch, 12)
     monkeypatch.setattr(study, "plan_options", tune.plan_options)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_modules", {})
     path = tmp_path / "study.json"
     assert cli.main(["study", "--count", "2", "--seed", "5", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
-    assert len(record["shapes"]) == 2 and "median loss" in capsys.readouterr().out and store.files() == []
+    said = capsys.readouterr()
+    assert len(record["shapes"]) == 2 and "median loss" in said.out and store.files() == []
+    assert said.err.count("noise") == 2 and 0 < record["compiled"] == record["kernels"]
+    assert 0 < record["compile_seconds"] < record["seconds"] and 0 < record["measure_seconds"] < record["seconds"]
     for shape in record["shapes"]:
-        assert shape["loss"] >= 0 and shape["cold"] and shape["planned_us"] >= shape["best_us"] > 0
+        assert shape["cold"] and shape["loss"] == shape["planned_us"] / shape["best_us"] - 1
+        assert shape["noise"] == abs(shape["planned_again_us"] / shape["planned_us"] - 1)
+        assert len(shape["candidates"]) == shape["options"] > 1 and all(one["us"] > 0 for one in shape["candidates"])
+        assert shape["loss"] == 0 or shape["planned"] != shape["best"]
     assert record["worst_loss"] == max(shape["loss"] for shape in record["shapes"])
