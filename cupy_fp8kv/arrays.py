@@ -57,6 +57,17 @@ class Library:
     def facts(self, signature: Signature) -> Facts:
         raise NotImplementedError
 
+    def read_inputs(self, q: Any, k: Any, v: Any) -> tuple[int, int, int, Signature]:
+        """Addresses of the arrays that every decode call has, and one signature of all three."""
+        q_address, q_signature = self.read(q)
+        k_address, k_signature = self.read(k)
+        v_address, v_signature = self.read(v)
+        return q_address, k_address, v_address, (q_signature, k_signature, v_signature)
+
+    def input_facts(self, signature: Signature) -> list[Facts]:
+        """The facts of q, k and v from the signature of all three."""
+        return [self.facts(one) for one in signature]
+
     def stream(self, device: int) -> int:
         """The caller's current stream, as a driver handle."""
         raise NotImplementedError
@@ -134,6 +145,21 @@ class CupyLibrary(Library):
         data = array.data
         strides = None if self._tells_contiguous and array._c_contiguous else array.strides
         return data.ptr, (array.dtype, array.shape, strides, data.device_id)
+
+    def read_inputs(self, q: Any, k: Any, v: Any) -> tuple[int, int, int, Signature]:
+        # What ``read`` reads, in one call and one tuple.
+        if not self._tells_contiguous:
+            *addresses, signature = super().read_inputs(q, k, v)
+            return *addresses, sum(signature, ())
+        q_data, k_data, v_data = q.data, k.data, v.data
+        return q_data.ptr, k_data.ptr, v_data.ptr, (
+            q.dtype, q.shape, None if q._c_contiguous else q.strides, q_data.device_id,
+            k.dtype, k.shape, None if k._c_contiguous else k.strides, k_data.device_id,
+            v.dtype, v.shape, None if v._c_contiguous else v.strides, v_data.device_id,
+        )  # fmt: skip
+
+    def input_facts(self, signature: Signature) -> list[Facts]:
+        return [self.facts(signature[i : i + 4]) for i in (0, 4, 8)]
 
     def facts(self, signature: Signature) -> Facts:
         dtype, shape, strides, device = signature
