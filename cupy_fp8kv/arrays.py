@@ -149,8 +149,8 @@ class CupyLibrary(Library):
     def read_inputs(self, q: Any, k: Any, v: Any) -> tuple[int, int, int, Signature]:
         # What ``read`` reads, in one call and one tuple.
         if not self._tells_contiguous:
-            *addresses, signature = super().read_inputs(q, k, v)
-            return *addresses, sum(signature, ())
+            q_address, k_address, v_address, (q_told, k_told, v_told) = super().read_inputs(q, k, v)
+            return q_address, k_address, v_address, (*q_told, *k_told, *v_told)
         q_data, k_data, v_data = q.data, k.data, v.data
         return q_data.ptr, k_data.ptr, v_data.ptr, (
             q.dtype, q.shape, None if q._c_contiguous else q.strides, q_data.device_id,

@@ -242,10 +242,11 @@ def _prepare(
     ragged: bool,
 ) -> Prepared:
     """What the first call of a kind finds out."""
+    out = None if out_signature is None else library.facts(out_signature)
     return prepare(
-        library.input_facts(signature), None if out_signature is None else library.facts(out_signature), lse_base=lse_base, batched=batched,
-        kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode, logits_soft_cap=logits_soft_cap,
-        window_left=window_left, kv_format=kv_format, backend=backend, ragged=ragged,
+        library.input_facts(signature), out, lse_base=lse_base, batched=batched, kv_layout=kv_layout,
+        pos_encoding_mode=pos_encoding_mode, logits_soft_cap=logits_soft_cap, window_left=window_left,
+        kv_format=kv_format, backend=backend, ragged=ragged,
     )  # fmt: skip
 
 
