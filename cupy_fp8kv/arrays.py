@@ -12,6 +12,7 @@ freeing and reusing memory stays ordered by the stream alone.
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -69,7 +70,7 @@ class CupyLibrary(Library):
         self._alloc = cupy.cuda.alloc
         self._current_stream = cupy.cuda.get_current_stream
         self._runtime = cupy.cuda.runtime
-        self._captured: dict[tuple[int, int], list[tuple[int, tuple[Any, int]]]] = {}
+        self._captured: dict[tuple[int, int, int], list[tuple[int, tuple[Any, int]]]] = {}
         # Of a pool that knows streams by their handles.
         pooled = getattr(cupy.cuda.memory, "PooledMemory", None)
         self._kept = KeptWorkspaces(self._allocate, lambda memory: type(memory.mem) is pooled)
@@ -129,9 +130,10 @@ class CupyLibrary(Library):
     def _captured_workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
         # CuPy's pool knows nothing of graphs: what went back to it would be written again by every replay. So a capture
         # keeps a workspace for each of its streams for good: that of eager calls before, as it may not allocate.
+        # Each thread has its own, for those that capture one stream may launch in between each other.
         from .jit.launch import capture_id
 
-        key = (capture_id(stream), stream)
+        key = (capture_id(stream), stream, threading.get_ident())
         held = self._captured.setdefault(key, [])
         if not held or held[-1][0] < nbytes:
             held.append(self._kept.take(nbytes, device, stream) or (nbytes, self._allocate(nbytes, device)))

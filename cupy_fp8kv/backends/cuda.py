@@ -62,6 +62,13 @@ class _Call:
         self.schedule = schedule(block) if schedule else None
         self.merge = merge(block) if merge else None
 
+    def start(self, stream: int, makes_list: bool) -> None:
+        if makes_list and self.schedule is not None:
+            self.schedule.start(stream)
+        self.decode.start(stream)
+        if self.merge is not None:
+            self.merge.start(stream)
+
 
 class PreparedDecode:
     """A decode problem planned, compiled and packed for one device: a call only fills in addresses and numbers.
@@ -113,8 +120,8 @@ class PreparedDecode:
             # Rarely as many requests are split as may be: CTAs that find nothing to merge are a loss.
             merge_grid = min(heads, _MERGES_PER_SM * self.info.sm_count) if plan.by_lengths else heads
             self._new_merge = partial(Launch, compiler.load(merge, device), merge_grid, dependent=True)
-        #: Several kernels of a call come without another thread's between them, which may have the same workspace.
-        self._several = threading.Lock()
+        #: Held while kernels that share a caller's workspace are launched: no other thread's come between them.
+        self._workspace_lock = threading.Lock()
         #: Calls that no thread is making: after a while, as many as threads have made at the same time.
         self._idle = [self._new_call()]
 
@@ -159,31 +166,27 @@ class PreparedDecode:
             return
         if self._grid == 0:
             return
-        stream, call = library.stream(device), self._take_call()
-        schedule = None if work_list else call.schedule
+        stream, makes_list = library.stream(device), not work_list
         partial_out = partial_state = 0
         if self._partial_bytes:
-            front_bytes = 0 if work_list else self._front_bytes
+            front_bytes = self._front_bytes if makes_list else 0
             # What the workspace's owner frees when this returns is freed in the order of the stream.
             _workspace, address = workspace or library.workspace(front_bytes + self._partial_bytes, device, stream)
             partial_out = address + front_bytes
             partial_state = partial_out + self._out_bytes
             work_list = work_list or address
+        call = self._take_call()
         call.write_arrays(partial_out, partial_state, work_list, out, lse, lse_unit, q, k, v)
         if rest is not call.rest:
             call.write_rest(*rest)
             call.rest = rest
         if call.tensor_maps is not None:
             call.tensor_maps.write(k, v, call.block.tensor_maps)
-        if schedule is call.merge is None:
-            call.decode.start(stream)
+        if workspace is None:
+            call.start(stream, makes_list)
         else:
-            with self._several:
-                if schedule is not None:
-                    schedule.start(stream)
-                call.decode.start(stream)
-                if call.merge is not None:
-                    call.merge.start(stream)
+            with self._workspace_lock:
+                call.start(stream, makes_list)
         self._idle.append(call)
 
     def schedule(self, library: Library, kv_lens: int, window_left: int, work_list: int) -> None:
