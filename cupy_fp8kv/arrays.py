@@ -12,18 +12,16 @@ freeing and reusing memory stays ordered by the stream alone.
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from .array_library import HOST, Library, Signature
 from .jit.device import on_device, require_cupy
 from .kept_workspaces import KeptWorkspaces
 from .problem import Facts, contiguous_strides
-
-HOST = -1
-#: What can be read off an array and decides how a call runs: hashable, and compared before anything is interpreted.
-Signature = tuple[Any, ...]
 
 _NUMPY_DTYPES = {
     "float16": np.dtype(np.float16), "float32": np.dtype(np.float32), "uint8": np.dtype(np.uint8),
@@ -40,57 +38,6 @@ def device_name(index: int) -> str:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     return _NUMPY_DTYPES[name]
-
-
-class Library:
-    """What the rest needs of an array library. ``read`` is called for every array of every call."""
-
-    name = ""
-    mutable = True
-    #: Whether ``out`` may be any array, with nothing to check.
-    always_writable = False
-
-    def read(self, array: Any) -> tuple[int, Signature]:
-        """Address of the first element, and the signature."""
-        raise NotImplementedError
-
-    def facts(self, signature: Signature) -> Facts:
-        raise NotImplementedError
-
-    def stream(self, device: int) -> int:
-        """The caller's current stream, as a driver handle."""
-        raise NotImplementedError
-
-    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
-        """An uninitialised, C-contiguous array and its address."""
-        raise NotImplementedError
-
-    def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str, device: int) -> tuple[Any, int]:
-        """``empty`` for the shape, dtype and device of ``array``, which some libraries do faster."""
-        return self.empty(shape, dtype, device)
-
-    def workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
-        """Bytes of device memory for work on ``stream``, the current one: something to hold, and the address."""
-        return self.empty((nbytes,), "uint8", device)
-
-    def wrap(self, array: Any) -> Any:
-        """What the caller gets of an array that ``empty`` made and a kernel on the current stream writes."""
-        return array
-
-    def to_numpy(self, array: Any) -> np.ndarray:
-        """The values on the host: a view if they are there, a copy (after the current stream's work) otherwise."""
-        raise NotImplementedError
-
-    def from_numpy(self, values: np.ndarray, device: int) -> Any:
-        raise NotImplementedError
-
-    def view_fp8(self, codes: Any, dtype: str) -> Any:
-        """uint8 codes as the library's own FP8 type, where it has one."""
-        return codes
-
-    def as_float32(self, array: Any) -> Any:
-        """A C-contiguous float32 array with the values of a small one, which may be it."""
-        return array.astype("float32")
 
 
 class NumpyLibrary(Library):
@@ -123,7 +70,7 @@ class CupyLibrary(Library):
         self._alloc = cupy.cuda.alloc
         self._current_stream = cupy.cuda.get_current_stream
         self._runtime = cupy.cuda.runtime
-        self._captured: dict[tuple[int, int], list[tuple[int, tuple[Any, int]]]] = {}
+        self._captured: dict[tuple[int, int, int], list[tuple[int, tuple[Any, int]]]] = {}
         # Of a pool that knows streams by their handles.
         pooled = getattr(cupy.cuda.memory, "PooledMemory", None)
         self._kept = KeptWorkspaces(self._allocate, lambda memory: type(memory.mem) is pooled)
@@ -134,6 +81,21 @@ class CupyLibrary(Library):
         data = array.data
         strides = None if self._tells_contiguous and array._c_contiguous else array.strides
         return data.ptr, (array.dtype, array.shape, strides, data.device_id)
+
+    def read_inputs(self, q: Any, k: Any, v: Any) -> tuple[int, int, int, Signature]:
+        # What ``read`` reads, in one call and one tuple.
+        if not self._tells_contiguous:
+            q_address, k_address, v_address, (q_told, k_told, v_told) = super().read_inputs(q, k, v)
+            return q_address, k_address, v_address, (*q_told, *k_told, *v_told)
+        q_data, k_data, v_data = q.data, k.data, v.data
+        return q_data.ptr, k_data.ptr, v_data.ptr, (
+            q.dtype, q.shape, None if q._c_contiguous else q.strides, q_data.device_id,
+            k.dtype, k.shape, None if k._c_contiguous else k.strides, k_data.device_id,
+            v.dtype, v.shape, None if v._c_contiguous else v.strides, v_data.device_id,
+        )  # fmt: skip
+
+    def input_facts(self, signature: Signature) -> list[Facts]:
+        return [self.facts(signature[i : i + 4]) for i in (0, 4, 8)]
 
     def facts(self, signature: Signature) -> Facts:
         dtype, shape, strides, device = signature
@@ -168,9 +130,10 @@ class CupyLibrary(Library):
     def _captured_workspace(self, nbytes: int, device: int, stream: int) -> tuple[Any, int]:
         # CuPy's pool knows nothing of graphs: what went back to it would be written again by every replay. So a capture
         # keeps a workspace for each of its streams for good: that of eager calls before, as it may not allocate.
+        # Each thread has its own, for those that capture one stream may launch in between each other.
         from .jit.launch import capture_id
 
-        key = (capture_id(stream), stream)
+        key = (capture_id(stream), stream, threading.get_ident())
         held = self._captured.setdefault(key, [])
         if not held or held[-1][0] < nbytes:
             held.append(self._kept.take(nbytes, device, stream) or (nbytes, self._allocate(nbytes, device)))

@@ -178,7 +178,7 @@ class DecodePlan:
         self._ragged = ragged
         self._facts = [without_idle_strides(one) for one in facts]
         #: Signatures that have been found to fit, which ``run`` compares: of q, k and v; and of a contiguous ``out``.
-        self._fitting: list[Any] = [None, None, None]
+        self._fitting: Any = None
         self._fitting_out: Any = None
         self._options: dict[str, Any] = {
             "batched": len(facts[0].shape) == 3, "kv_layout": kv_layout, "pos_encoding_mode": pos_encoding_mode,
@@ -204,7 +204,6 @@ class DecodePlan:
                 self._memory, self._lens_address = library.empty((self.problem.batch,), "int32", device)
         self._tables = (self._lens_address, 0, 0, 0) if self._lens_address else dispatch.NO_TABLES
         self._has_fast_way = on_device and abs(self._sm_scale) <= scales.MOST_FLOAT32
-        self._read = library.read
         if on_device:
             self._kernels = self._prepared.kernels
         #: What follows the addresses among the values of a run without scales.
@@ -271,15 +270,13 @@ class DecodePlan:
         """
         if not self._scheduled:
             raise RuntimeError("run: a plan with ragged=True needs schedule(kv_lens) first")
-        library, read = self._library, self._read
+        library = self._library
         out_address, out_signature = 0, None
         try:
-            q_address, q_signature = read(q)
-            k_address, k_signature = read(k)
-            v_address, v_signature = read(v)
+            q_address, k_address, v_address, signature = library.read_inputs(q, k, v)
             if out is not None:
-                out_address, out_signature = read(out)
-            fits = [q_signature, k_signature, v_signature] == self._fitting
+                out_address, out_signature = library.read(out)
+            fits = signature == self._fitting
         except (AttributeError, TypeError, ValueError):
             fits = False
         if (
@@ -299,6 +296,7 @@ class DecodePlan:
         if not fits:
             q, k, v = (arrays.adopt(array, name) for array, name in zip((q, k, v), _NAMES, strict=True))
             q_address, k_address, v_address = (self._check(i, array) for i, array in enumerate((q, k, v)))
+            self._fitting = library.read_inputs(q, k, v)[-1]
         prepared = self._prepared
         if out is not None:
             out_address, prepared = self._check_out(out)
@@ -328,7 +326,6 @@ class DecodePlan:
         ):
             if wanted != got:
                 raise ValueError(f"{name}: this plan is for {what} {wanted}, got {got}")
-        self._fitting[index] = signature
         return address
 
     def _check_out(self, out: Any) -> tuple[int, dispatch.Prepared]:

@@ -94,9 +94,7 @@ def decode(
         q, k, v = (arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v")))
         library = common_library(q, k, v)
     try:
-        q_address, q_signature = library.read(q)
-        k_address, k_signature = library.read(k)
-        v_address, v_signature = library.read(v)
+        q_address, k_address, v_address, signature = library.read_inputs(q, k, v)
         if out is None:
             out_address, out_signature = 0, None
         elif type(out) is type(q) and library.always_writable:
@@ -112,8 +110,8 @@ def decode(
     if type(window_left) is not int or window_left != -1 or logits_soft_cap is not None or kv_format is not None:
         window_left, logits_soft_cap, kv_format = as_key(window_left, logits_soft_cap, kv_format)
     key = (
-        batched, library, q_signature, k_signature, v_signature, out_signature, kv_layout, pos_encoding_mode,
-        logits_soft_cap, window_left, kv_format, lse_base, backend, kv_lens is not None,
+        batched, library, signature, out_signature, kv_layout, pos_encoding_mode, logits_soft_cap, window_left,
+        kv_format, lse_base, backend, kv_lens is not None,
     )  # fmt: skip
     try:
         prepared = _prepared[key]
@@ -232,9 +230,7 @@ def common_library(q: Any, k: Any, v: Any) -> Library:
 def _prepare(
     batched: bool,
     library: Library,
-    q_signature: Any,
-    k_signature: Any,
-    v_signature: Any,
+    signature: Any,
     out_signature: Any,
     kv_layout: str,
     pos_encoding_mode: str,
@@ -246,11 +242,11 @@ def _prepare(
     ragged: bool,
 ) -> Prepared:
     """What the first call of a kind finds out."""
-    facts = [library.facts(signature) for signature in (q_signature, k_signature, v_signature)]
+    out = None if out_signature is None else library.facts(out_signature)
     return prepare(
-        facts, None if out_signature is None else library.facts(out_signature), lse_base=lse_base, batched=batched,
-        kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode, logits_soft_cap=logits_soft_cap,
-        window_left=window_left, kv_format=kv_format, backend=backend, ragged=ragged,
+        library.input_facts(signature), out, lse_base=lse_base, batched=batched, kv_layout=kv_layout,
+        pos_encoding_mode=pos_encoding_mode, logits_soft_cap=logits_soft_cap, window_left=window_left,
+        kv_format=kv_format, backend=backend, ragged=ragged,
     )  # fmt: skip
 
 

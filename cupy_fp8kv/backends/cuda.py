@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..arrays import Library
@@ -37,6 +40,37 @@ def _new_tag() -> int:
     return 1 + (int.from_bytes(os.urandom(8), "little") >> 1)
 
 
+class _Call:
+    """An argument block of a decode with the launches that read it, for one thread at a time to write and to start."""
+
+    __slots__ = ("block", "decode", "merge", "rest", "schedule", "tensor_maps", "write_arrays", "write_rest")
+
+    def __init__(
+        self,
+        block: ParamBlock,
+        tensor_maps: TensorMaps | None,
+        decode: Callable[[ParamBlock], Launch],
+        schedule: Callable[[ParamBlock], Launch] | None,
+        merge: Callable[[ParamBlock], Launch] | None,
+    ):
+        self.block = block
+        self.write_arrays = block.writer(0, _DECODE_ARRAYS)
+        self.write_rest = block.writer(_DECODE_ARRAYS, _DECODE_REST)
+        #: What the block holds. The same object has the same values, for a tuple of numbers never changes.
+        self.rest: tuple[int | float, ...] | None = None
+        self.tensor_maps = tensor_maps
+        self.decode = decode(block)
+        self.schedule = schedule(block) if schedule else None
+        self.merge = merge(block) if merge else None
+
+    def start(self, stream: int, makes_list: bool) -> None:
+        if makes_list and self.schedule is not None:
+            self.schedule.start(stream)
+        self.decode.start(stream)
+        if self.merge is not None:
+            self.merge.start(stream)
+
+
 class PreparedDecode:
     """A decode problem planned, compiled and packed for one device: a call only fills in addresses and numbers.
 
@@ -56,8 +90,8 @@ class PreparedDecode:
         self._runtime = require_cupy().cuda.runtime
         self._current_device = self._runtime.getDevice
         rows = box_rows(problem, plan.spec)
-        params = ParamBlock(
-            "DecodeParams", _DECODE_LEADING,
+        self._new_block = partial(
+            ParamBlock, "DecodeParams", _DECODE_LEADING,
             q_stride_request=problem.q_strides[0], q_stride_head=problem.q_strides[1],
             k_stride_request=problem.k_strides[0], k_stride_row=problem.k_strides[1],
             k_stride_head=problem.k_strides[2],
@@ -79,26 +113,34 @@ class PreparedDecode:
             **paging_fields(problem),
         )  # fmt: skip
         merged = plan.most_merges(problem.batch)
-        self._params = params
-        self._lock = params.lock
-        self._write_arrays = params.writer(0, _DECODE_ARRAYS)
-        self._write_rest = params.writer(_DECODE_ARRAYS, _DECODE_REST)
-        #: What the block holds. The same object has the same values, for a tuple of numbers never changes.
-        self._rest: tuple[int | float, ...] | None = None
-        self._tensor_maps = TensorMaps(problem, plan.spec) if plan.spec.stages else None
         schedule = ScheduleSpec.of_batch(problem.batch) if plan.bounds else None
         merge = MergeSpec.behind(plan.spec) if merged else None
         compiler.load_all([spec for spec in (plan.spec, schedule, merge) if spec], device)  # at the same time
-        self._decode = Launch(compiler.load(plan.spec, device), plan.grid, params, dependent=plan.early)
-        self._schedule: Launch | None = None
-        self._merge: Launch | None = None
+        self._new_decode = partial(Launch, compiler.load(plan.spec, device), plan.grid, dependent=plan.early)
+        self._new_schedule = self._new_merge = None
         if schedule:
-            self._schedule = Launch(compiler.load(schedule, device), 1, params, dependent=True)
+            self._new_schedule = partial(Launch, compiler.load(schedule, device), 1, dependent=True)
         if merge:
             columns = merged * problem.num_kv_heads * problem.columns
             # Rarely as many requests are split as may be: CTAs that find nothing to merge are a loss.
             merge_grid = min(columns, _MERGES_PER_SM * self.info.sm_count) if plan.by_lengths else columns
-            self._merge = Launch(compiler.load(merge, device), merge_grid, params, dependent=True)
+            self._new_merge = partial(Launch, compiler.load(merge, device), merge_grid, dependent=True)
+        #: Held while kernels that share a caller's workspace are launched: no other thread's come between them.
+        self._workspace_lock = threading.Lock()
+        #: Calls that no thread is making: after a while, as many as threads have made at the same time.
+        self._idle = [self._new_call()]
+
+    def _new_call(self) -> _Call:
+        spec = self.plan.spec
+        maps = TensorMaps(self.problem, spec) if spec.stages else None
+        return _Call(self._new_block(), maps, self._new_decode, self._new_schedule, self._new_merge)
+
+    def _take_call(self) -> _Call:
+        """A call to put back among the idle ones. One that fails half written is not: there will be another."""
+        try:
+            return self._idle.pop()  # atomic, and a fifth of what a lock costs
+        except IndexError:
+            return self._new_call()
 
     def run(
         self,
@@ -129,41 +171,42 @@ class PreparedDecode:
             return
         if self._grid == 0:
             return
-        stream, merge = library.stream(device), self._merge
-        schedule = None if work_list else self._schedule
+        stream, makes_list = library.stream(device), not work_list
         partial_out = partial_state = 0
         if self._partial_bytes:
-            front_bytes = 0 if work_list else self._front_bytes
+            front_bytes = self._front_bytes if makes_list else 0
             # What the workspace's owner frees when this returns is freed in the order of the stream.
             _workspace, address = workspace or library.workspace(front_bytes + self._partial_bytes, device, stream)
             partial_out = address + front_bytes
             partial_state = partial_out + self._out_bytes
             work_list = work_list or address
-        with self._lock:
-            self._write_arrays(partial_out, partial_state, work_list, out, lse, lse_unit, q, k, v)
-            if rest is not self._rest:
-                self._rest = None  # if it does not get written whole
-                self._write_rest(*rest)
-                self._rest = rest
-            if self._tensor_maps is not None:
-                self._tensor_maps.write(k, v, self._params.tensor_maps)
-            if schedule is not None:
-                schedule.start(stream)
-            self._decode.start(stream)
-            if merge is not None:
-                merge.start(stream)
+        call = self._take_call()
+        call.write_arrays(partial_out, partial_state, work_list, out, lse, lse_unit, q, k, v)
+        if rest is not call.rest:
+            call.write_rest(*rest)
+            call.rest = rest
+        if call.tensor_maps is not None:
+            call.tensor_maps.write(k, v, call.block.tensor_maps)
+        if workspace is None:
+            call.start(stream, makes_list)
+        else:
+            with self._workspace_lock:
+                call.start(stream, makes_list)
+        self._idle.append(call)
 
     def schedule(self, library: Library, kv_lens: int, window_left: int, work_list: int) -> None:
         """Make the work list of the lengths at ``kv_lens`` on the caller's current stream, for later ``run``."""
         ensure_context(self._runtime, self.device)
         rest = [0] * _DECODE_REST
         rest[_KV_LENS_VALUE], rest[_WINDOW_VALUE] = kv_lens, window_left
-        with on_device(self._runtime, self.device), self._lock:
-            self._write_arrays(0, 0, work_list, *[0] * (_DECODE_ARRAYS - 3))
-            self._write_rest(*rest)
-            self._rest = None
-            assert self._schedule is not None
-            self._schedule(library.stream(self.device))
+        with on_device(self._runtime, self.device):
+            call = self._take_call()
+            assert call.schedule is not None
+            call.write_arrays(0, 0, work_list, *[0] * (_DECODE_ARRAYS - 3))
+            call.write_rest(*rest)
+            call.rest = None
+            call.schedule.start(library.stream(self.device))
+            self._idle.append(call)
 
     def copy_lens(self, library: Library, kv_lens: int, to: int) -> None:
         """Copy the lengths at ``kv_lens`` on the caller's current stream."""

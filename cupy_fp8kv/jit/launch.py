@@ -74,7 +74,7 @@ class Launch:
         self._ex_arguments = (*(ctypes.c_void_p.from_param(address) for address in addresses), None)
 
     def start(self, stream: int) -> None:
-        """Launch on ``stream``. Call with the lock of the argument block held since it was written."""
+        """Launch on ``stream``. Nobody else may have written into the argument block since it was filled."""
         if self._launch_ex is None:
             self._launch(stream, self._block, 0)
             return

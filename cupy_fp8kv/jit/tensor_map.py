@@ -66,7 +66,7 @@ class TensorMaps:
         return sizes, (piece, head, row, request), box, SWIZZLES.get(piece, 0)
 
     def write(self, k: int, v: int, to: memoryview) -> None:
-        """Write both maps of caches at these addresses. Under the lock of the argument block, which ``to`` is in."""
+        """Write both maps of caches at these addresses. ``to`` is in an argument block that nobody else has."""
         caches = k, v
         if caches == self._written:
             return

@@ -589,6 +589,29 @@ def cupy_by_hand(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_inputs_are_read_at_once_as_one_by_one(cupy_by_hand, tells):
+    """Addresses and facts are those of ``read``, and whatever one array says otherwise makes another signature."""
+    library = cupy_by_hand.library
+    library._tells_contiguous = tells
+    usual = {"dtype": np.dtype(np.float16), "shape": (2, 3, 4), "strides": (24, 8, 2), "device_id": 0}
+    others = [{"dtype": np.dtype(np.uint8)}, {"shape": (2, 3, 2)}, {"strides": (48, 8, 2)}, {"device_id": 1}]
+
+    def array(address, **facts):
+        facts = usual | facts
+        data = SimpleNamespace(ptr=address, device_id=facts.pop("device_id"))
+        return SimpleNamespace(data=data, _c_contiguous=facts["strides"] == (24, 8, 2), **facts)
+
+    signatures = set()
+    for place, facts in [(0, {}), *((place, facts) for place in range(3) for facts in others)]:
+        inputs = [array(4096 * (1 + i), **(facts if i == place else {})) for i in range(3)]
+        *addresses, signature = library.read_inputs(*inputs)
+        assert addresses == [4096, 8192, 12288]
+        assert library.input_facts(signature) == [library.facts(library.read(one)[1]) for one in inputs]
+        signatures.add(signature)
+    assert len(signatures) == 1 + 3 * len(others)
+
+
 def test_captured_calls_and_eager_ones_share_no_workspace(cupy_by_hand):
     """On one stream: before, in, between and behind two captures."""
     made, addresses = cupy_by_hand, []

@@ -101,7 +101,35 @@ def test_values_that_cannot_be_packed_are_not_taken_for_those_in_the_block(emula
     addresses = [0, 0, 1.0, *(view.ctypes.data for view in views)]
     with pytest.raises(Exception, match="required argument is not"):
         prepared.kernels.run(emulator.library, *addresses, (*rest[:7], 9.0, *rest[8:-1], "not a number"))
+    assert not prepared.kernels._idle, "a call that failed half written is not made again"
     assert np.array_equal(decode(*views), want)
+
+
+@pytest.mark.parametrize("case", [WHOLE, RING], ids=["whole", "ring"])
+def test_a_call_between_the_writing_and_the_launch_of_another(emulate, monkeypatch, case):
+    """As another thread may make it: of the same kind, with other arrays and scales."""
+    if case is RING:
+        take_ring(monkeypatch, case, emulator.HOPPER)
+    sets = [build(Case(**{**vars(case), "seed": seed})).to(move) for seed in (1, 2)]
+    first, second = ((given.q.view, given.k.view, given.v.view) for given in sets)
+    want, want_between = np.array(decode(*first)), np.array(decode(*second, v_scale=2.0))
+    (prepared,) = dispatch._prepared.values()
+    (call,) = prepared.kernels._idle
+    real, between = call.decode, []
+
+    def start(stream):
+        call.decode = real
+        between.append(np.array(decode(*second, v_scale=2.0)))
+        real.start(stream)
+
+    call.decode = SimpleNamespace(start=start)
+    assert np.array_equal(decode(*first), want)
+    assert np.array_equal(between, [want_between])
+    assert len(prepared.kernels._idle) == 2
+    for _ in range(3):  # whichever call is taken
+        assert np.array_equal(decode(*first), want)
+        assert np.array_equal(decode(*second, v_scale=2.0), want_between)
+    assert len(prepared.kernels._idle) == 2
 
 
 # Launches

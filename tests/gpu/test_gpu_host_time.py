@@ -19,11 +19,14 @@ from cupy_fp8kv.bench.suites import Shape
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.gpu
 
-#: Kernels that take less than the host needs for a call, so that a queue never fills. One launches once, one twice.
-SHAPES = {"whole": Shape("whole", 16, 64, 32, 32), "split": Shape("split", 1, 1024, 32, 8)}
+#: Kernels that take much less than the host needs for a call: calls that fill the queue are timed at the device's pace.
+#: One launches once, one twice.
+SHAPES = {"whole": Shape("whole", 4, 32, 8, 8), "split": Shape("split", 1, 1024, 32, 8)}
 #: Microseconds of host time that a call which launches once may take.
 LIMITS_US = {"cupy, out=": 10.0, "cupy": 12.0, "torch": 15.0, "plan": 7.0}
-CALLS, ROUNDS = 100, 30
+#: Everything is half as slow again for some 30 ms at a time, torch's calls too, where the machine has other things to
+#: do; NumPy's idle BLAS threads look for work so long, too, after a result was checked. Rounds for ten times that.
+CALLS, ROUNDS = 100, 300
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +84,10 @@ def test_torch(benchmark, request, sets, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plan(benchmark, request, sets, shape):
     given = sets[shape]
-    run = given.plan_call()
-    if run is None:
-        pytest.skip("this version has no DecodePlan")
-    timed(benchmark, lambda: run(1), given)
-    check_error(given, cp.asnumpy(given.outs[-1]))
+    q, (k, v), out = given.qs[-1], given.caches[-1], given.outs[-1]
+    plan = cupy_fp8kv.DecodePlan(q, k, v)
+    timed(benchmark, lambda: plan.run(q, k, v, out=out), given)
+    check_error(given, cp.asnumpy(out))
     check_limit(benchmark, request, "plan", shape)
 
 
