@@ -89,6 +89,12 @@ def even_specs(spec: DecodeSpec, arch: int) -> list[DecodeSpec]:
     return [ring for _, ring in _even_rings(spec)] if arch >= RING_ARCH else []
 
 
+def shared_ring_specs(spec: DecodeSpec, arch: int) -> list[DecodeSpec]:
+    """The same for many rows of q over long pages."""
+    ring = _shared_ring(spec, arch)
+    return [ring] if ring else []
+
+
 def has_rings(arch: int, shared_per_block: int | None) -> bool:
     """Whether a device has the copy engine, and, if that is known, the shared memory."""
     return arch >= RING_ARCH and (shared_per_block is None or shared_per_block >= _RING_SHARED_BYTES)
@@ -149,7 +155,7 @@ def shared_ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpe
 
     Products take longer there than bytes, so a fragment of q is used for as many rows as fit the registers.
     """
-    if problem.queries < 2 or spec.column_tiles < 2 or not problem.paging or not _may_have_ring(problem, device):
+    if problem.queries < 2 or not problem.paging or not _may_have_ring(problem, device):
         return None
     ring = _shared_ring(spec, device.arch)
     if ring is None or problem.paging.page_size % ring.turn_rows or problem.rows_read < ring.turn_rows:
@@ -161,7 +167,7 @@ def shared_ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpe
 
 
 def _shared_ring(spec: DecodeSpec, arch: int) -> DecodeSpec | None:
-    if arch not in _SHARED_ARCHS or spec.row_bytes > _MOST_RING_ROW_BYTES:
+    if arch not in _SHARED_ARCHS or spec.column_tiles < 2 or spec.row_bytes > _MOST_RING_ROW_BYTES:
         return None
     for subtiles in (4, 2):
         ring = replace(spec, warps=8, ctas_per_sm=1, subtiles=subtiles, stages=_SHARED_STAGES)

@@ -459,7 +459,8 @@ FUNCTIONS = [
         lambda x: x + (np.arange(x.size, dtype=np.uint32) % THREADS).reshape(x.shape),
     ),
     Function(
-        "prefetch", 1, 1, "ptx::prefetch(reinterpret_cast<const u8*>(in));\n        out[0] = in[0];", words(1), np.array,
+        "prefetch", 1, 1, "ptx::prefetch(reinterpret_cast<const u8*>(in));\n        out[0] = in[0];", words(1),
+        np.array,
     ),
     Function(
         "sync_threads", 1, 1, _EXCHANGE.format("sync_threads", "63 - threadIdx.x"), words(1),

@@ -53,16 +53,27 @@ _SOFTWARE_FORMATS = ("e4m3",)
 
 
 def _problem(
-    q: str, k: str, v: str, head_dim: int, group_size: int, soft_cap: bool = False, layout: str = "padded"
+    q: str,
+    k: str,
+    v: str,
+    head_dim: int,
+    group_size: int,
+    soft_cap: bool = False,
+    layout: str = "padded",
+    queries: int = 1,
 ) -> DecodeProblem:
-    """A problem as an ordinary NHD cache of eight heads poses it, with lengths of their own for the requests."""
+    """A problem as an ordinary NHD cache of eight heads poses it, with lengths of their own for the requests.
+
+    With ``queries``, ``group_size`` is that of all of them together.
+    """
+    group_size //= queries
     batch, rows, heads = 16, 4096, 8
     paging = Paging(16, 1, rows, 0) if layout == "paged" else None
     k_row, v_row = (heads * head_dim * KV_FORMATS[name].itemsize for name in (k, v))
     return DecodeProblem(
         batch, rows, heads * group_size, heads, head_dim, q, k, v, (heads * group_size * head_dim * 2, head_dim * 2),
         (rows * k_row, k_row, k_row // heads), (rows * v_row, v_row, v_row // heads), soft_cap,
-        ragged=True, paging=paging,
+        ragged=True, paging=paging, queries=queries,
     )  # fmt: skip
 
 
@@ -108,12 +119,16 @@ def _pairwise_decode(arch: int) -> list[DecodeSpec]:
         # A schedule that there is none of would stand for others, and crowd out what they meet.
         "schedule": tuple(name for name, some in ordinary.items() if some),
         "q": _Q_FORMATS, "column_tiles": tuple(_GROUPS), "soft_cap": (False, True), "layout": tuple(LAYOUTS),
+        "many_queries": (False, True),
     }  # fmt: skip
     found = []
     for index, row in enumerate(pairwise(factors)):
         groups = _GROUPS[row["column_tiles"]]
+        group = groups[index % len(groups)]
+        # Requests of padded caches have one row of q.
+        queries = max(2, group) if row["many_queries"] and row["layout"] == "paged" else 1
         problem = _problem(
-            row["q"], row["k"], row["v"], row["head_dim"], groups[index % len(groups)], row["soft_cap"], row["layout"]
+            row["q"], row["k"], row["v"], row["head_dim"], max(group, queries), row["soft_cap"], row["layout"], queries
         )  # fmt: skip
         by_schedule = _by_schedule(problem, arch)
         # Work lists are of padded caches, equal shares of rows that are not too long.
@@ -139,6 +154,8 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
             choices = [paged["uniform"][0], *paged["even"]]
             # Not the same one whenever a head dimension comes round.
             found.append(choices[(index + index // per_pair) % len(choices)])
+            shared = plan.specs(_problem(q, k, v, head_dim, groups[-1], layout="paged", queries=groups[-1]), arch)
+            found += shared[-1 - index % 2 :][:1]
     return found
 
 
@@ -160,9 +177,9 @@ def _software_decode(arch: int) -> list[DecodeSpec]:
 
 
 def _others(arch: int) -> list[Spec]:
-    merges: list[tuple[str, ...]] = [("uniform",), ("listed",)]
+    merges: list[tuple[Any, ...]] = [("uniform",), ("listed",), ("uniform", "padded", True)]
     if arch >= RING_ARCH:
-        merges += [("even", layout) for layout in LAYOUTS]
+        merges += [*(("even", layout) for layout in LAYOUTS), ("even", "paged", True)]
     quantize = itertools.product(_QUANTIZE_ENTRIES, _VALUE_DTYPES, FP8_FORMATS)
     return [
         CheckTablesSpec(), ScheduleSpec(),

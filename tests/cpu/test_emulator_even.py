@@ -5,7 +5,7 @@ import dataclasses
 import emulator
 import numpy as np
 import pytest
-from emulator.bugs import MODE, PLAIN, Bug, each_of_this_mode, noticed
+from emulator.bugs import MODE, PLAIN, THREAD, Bug, each_of_this_mode, noticed
 from emulator.checks import run
 from even import NAMED, even_cases, even_everywhere, even_paged_cases
 from paged_cases import paged

@@ -100,9 +100,7 @@ def test_large_batches(seed):
 
 
 def test_one_huge_request_is_shared_by_all():
-    found = even_shares(
-        [131_072] + [512] * 63, window_left=-1, box_rows=32, shares=16, least_boxes=8, request_boxes=4
-    )
+    found = even_shares([131_072] + [512] * 63, window_left=-1, box_rows=32, shares=16, least_boxes=8, request_boxes=4)
     sizes = [sum(part.end - part.begin for part in of_share) for of_share in found]
     assert sum(part.request == 0 for of_share in found for part in of_share) >= 12 and min(sizes) > 0.5 * max(sizes)
 
