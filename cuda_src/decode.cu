@@ -306,15 +306,16 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool is_first, KVRin
     // merge.cu, or the next call: it waits for the results where it starts.
     if (work.is_last) ptx::let_next_kernel_start();
 
+    const auto results = WorkColumns::of(p, work);  // again: registers are worth more before
     WarpCombine::run<Values>(
-        columns, work_columns.used(), lane, shared,
+        columns, results.used(), lane, shared,
         [&](int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum) {
             const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
                                                                work.head_team * kHeads + head_in_team);
-            if (work.is_whole)
-                work_columns.put(head_in_team, column, state, dim, sum, state.normalizer() * out_scale);
+            if (Schedule::kHasShares ? work.is_whole : work.splits == 1)
+                results.put(head_in_team, column, state, dim, sum, state.normalizer() * out_scale);
             else
-                work_columns.put_part(work.part, head_in_team, column, state, dim, sum, out_scale);
+                results.put_part(work.part, head_in_team, column, state, dim, sum, out_scale);
         });
 }
 
@@ -329,7 +330,7 @@ DEVICE void merge_if_complete(const DecodeParams& p, const Work& work, const Lan
     const auto columns = WorkColumns::of(p, work);
     const int used = columns.used();
     merge_parts<kMergers>(
-        p, work.parts, kHeads * used, kHeadDim / 4, lane.in_cta(), space,
+        p, work.parts, kHeads * used, kHeadDim / 4, lane.in_cta, space,
         [&](int i) { return columns.in_all(i / used, i % used); },
         [&](int i, const SoftmaxState& state, int quad, const float4& sum) {
             columns.put(i / used, i % used, state, 4 * quad, sum, state.normalizer());

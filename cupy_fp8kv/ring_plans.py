@@ -24,34 +24,52 @@ class RingTeam:
     least_stages: int
     one_wave: bool = False  # whether it reads whole requests that all have a place at one time
     waves: bool = False  # whole requests in turn
+    waves_of_few: bool = False  # the same where all caches have few bytes
     splits_from: float = math.inf  # parts of requests, where an SM reads so many bytes or more
 
 
 #: The first that fits is taken. Splits by pairs of heads need twice the merging, so they are for what is large.
 RING_TEAMS = (
     RingTeam(1, 8, 1, 3, one_wave=True), RingTeam(2, 8, 1, 3, one_wave=True, splits_from=1.5e6),
-    RingTeam(2, 4, 2, 3, one_wave=True, waves=True), RingTeam(1, 4, 1, 6, splits_from=0),
+    RingTeam(2, 4, 2, 3, one_wave=True, waves=True), RingTeam(1, 4, 2, 3, one_wave=True),
+    RingTeam(1, 4, 1, 6, splits_from=0),
+)  # fmt: skip
+#: The same for two tiles of columns, whose products take so long that warps without work count for more.
+WIDE_GROUP_RING_TEAMS = (
+    RingTeam(1, 8, 1, 3, one_wave=True), RingTeam(1, 4, 2, 3, one_wave=True, waves_of_few=True),
+    RingTeam(2, 4, 2, 3, waves=True), RingTeam(2, 8, 1, 3, splits_from=1.5e6), RingTeam(1, 4, 1, 6, splits_from=0),
 )  # fmt: skip
 #: The same where a row of K and one of V have more than 256 bytes.
-WIDE_RING_TEAMS = (RingTeam(1, 4, 1, 4, one_wave=True, waves=True, splits_from=0),)
+WIDE_RING_TEAMS = (
+    RingTeam(1, 4, 1, 4, one_wave=True), RingTeam(1, 4, 2, 3, one_wave=True),
+    RingTeam(1, 4, 1, 4, waves=True, splits_from=0),
+)  # fmt: skip
 _WIDE_ROW_BYTES = 256
 _MOST_RING_ROW_BYTES = 512  # longer ones were not measured
 #: Bytes that all rings of the device together should have in flight. Less leaves memory idle; with more, CTAs fall out
 #: of step, and what is read at one time no longer lies close together: 2 % slower at 8 MB, 4 % at 16 MB, whether 72 or
 #: 256 CTAs share it.
 _RING_BYTES_IN_FLIGHT = 6.4e6
-_MOST_STAGES = 6
+_LEAST_STAGES, _MOST_STAGES = 3, 6
 #: Rows of a request below which starting and ending a CTA costs more than a ring gains, where requests are not split
 #: and the caches are larger than so many bytes. Smaller ones never get that far: random shapes of 110 rows and more and
 #: 7 to 53 MB were 3 to 50 % faster with rings, whatever the share of the last wave that they fill.
 RING_ROWS = 1024
-_LEAST_RING_ROWS = 100
+_LEAST_RING_ROWS = 16
 _FEW_BYTES = 100e6
 #: The share of the places of one wave below which a request is split rather than read by rings with more in flight,
 #: and the share that every one of several waves must fill.
 MIN_RING_FILL = 0.5
 MIN_SHORT_RING_FILL = 0.4
+#: Turns that a request has at least where a turn is as long as it may be.
+_LEAST_TURNS = 4
+#: What a CTA of 8 warps reads in a second where memory has more to give, what memory gives, and what it takes longer if
+#: requests are split.
+_CTA_RATE = 50e9
+_MEMORY_RATE = 3.0e12
+_MERGE_SECONDS = 2.2e-6
 MIN_RING_WAVE_FILL = 0.9
+MIN_WIDE_GROUP_WAVE_FILL = 0.8
 _MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 224 in all
 #: Bytes of a warp's share of a box.
 _RING_TILE_BYTES = 2048
@@ -80,8 +98,8 @@ LEAST_BOX_ROWS = 8
 
 def ring_specs(spec: DecodeSpec) -> list[DecodeSpec]:
     """``spec`` with every ring that a plan may choose for equal requests, of the least number of stages."""
-    rings = [_ring(spec, team) for team in _ring_teams(spec)]
-    return [ring for ring in rings if ring]
+    rings = [ring for ring in (_ring(spec, team) for team in _ring_teams(spec)) if ring]
+    return [one for ring in rings for one in (ring, *_shorter(ring))]
 
 
 def even_specs(spec: DecodeSpec, arch: int) -> list[DecodeSpec]:
@@ -104,7 +122,9 @@ def _ring_teams(spec: DecodeSpec) -> tuple[RingTeam, ...]:
     """The teams that a ring may be for, by the length of the rows."""
     if spec.row_bytes > _MOST_RING_ROW_BYTES:
         return ()
-    return WIDE_RING_TEAMS if spec.row_bytes > _WIDE_ROW_BYTES else RING_TEAMS
+    if spec.row_bytes > _WIDE_ROW_BYTES:
+        return WIDE_RING_TEAMS
+    return WIDE_GROUP_RING_TEAMS if spec.column_tiles > 1 else RING_TEAMS
 
 
 def _ring(spec: DecodeSpec, team: RingTeam) -> DecodeSpec | None:
@@ -125,6 +145,23 @@ def _may_have_ring(problem: DecodeProblem, device: DeviceInfo) -> bool:
     return has_rings(device.arch, device.shared_per_block) and problem.can_copy_boxes
 
 
+def _shorter(ring: DecodeSpec) -> list[DecodeSpec]:
+    """``ring`` with half the rows of a turn, and half of that, and so on."""
+    return [replace(ring, subtiles=subtiles) for subtiles in (2, 1) if subtiles < ring.subtiles]
+
+
+def _for_rows(ring: DecodeSpec, rows: int) -> DecodeSpec:
+    """``ring`` with turns that such requests have some of."""
+    fitting = (one for one in (ring, *_shorter(ring)) if rows >= _LEAST_TURNS * one.turn_rows)
+    return next(fitting, (ring, *_shorter(ring))[-1])
+
+
+def _reads_alone(problem: DecodeProblem, ctas: int) -> bool:
+    """Whether so few CTAs for whole requests are done sooner than more that share them."""
+    alone = problem.kv_bytes / min(ctas * _CTA_RATE, _MEMORY_RATE)
+    return alone <= problem.kv_bytes / _MEMORY_RATE + _MERGE_SECONDS
+
+
 def _stages(ring: DecodeSpec, team: RingTeam, ctas: int) -> int:
     """Boxes of a ring of which so many fill at one time; rather some more than less."""
     stages = math.ceil(_RING_BYTES_IN_FLIGHT / (ctas * ring.stage_bytes) - 0.2)
@@ -143,7 +180,11 @@ def ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, bloc
     ring = _ring(spec, team)
     if ring is None:
         return None
-    ring = replace(ring, stages=_stages(ring, team, min(ctas, places)))
+    rows = problem.rows_read // splits
+    ring = _for_rows(ring, rows)
+    # In several waves, those that begin find the memory busy. No ring is longer than what it is for.
+    stages = team.least_stages if ctas > places else _stages(ring, team, ctas)
+    ring = replace(ring, stages=min(stages, max(_LEAST_STAGES, -(-rows // ring.turn_rows))))
     pairs = f" in teams of {team.heads}" if team.heads > 1 else ""
     pieces = ctas // splits
     reason = f"{pieces} request heads{pairs} in {splits} splits: rings on {ctas} of {places} places"
@@ -177,8 +218,6 @@ def _shared_ring(spec: DecodeSpec, arch: int) -> DecodeSpec | None:
 
 
 def _is_short(problem: DecodeProblem) -> bool:
-    if problem.row_bytes > _WIDE_ROW_BYTES:
-        return False  # 18 % slower
     return _LEAST_RING_ROWS <= problem.rows_read < RING_ROWS and problem.kv_bytes <= _FEW_BYTES
 
 
@@ -189,14 +228,18 @@ def _ring_team(
     sms = device.sm_count
     teams = [team for team in _ring_teams(spec) if problem.num_kv_heads % team.heads == 0]
     is_short = _is_short(problem)
+    least_wave_fill = MIN_WIDE_GROUP_WAVE_FILL if spec.column_tiles > 1 else MIN_RING_WAVE_FILL
     # A split of a short request is shorter still.
     least_fill = MIN_SHORT_RING_FILL if is_short else MIN_RING_FILL
     if problem.rows_read >= RING_ROWS or is_short:
         for team in teams:
             ctas, places = problem.batch * problem.num_kv_heads // team.heads * blocks, team.ctas_per_sm * sms
-            if team.one_wave and least_fill * places <= ctas <= places:
+            fills = ctas >= least_fill * places or (team is teams[0] and ctas and _reads_alone(problem, ctas))
+            if team.one_wave and ctas <= places and fills:
                 return team, 1
-            if team.waves and ctas > places and (is_short or fill(ctas, places) >= MIN_RING_WAVE_FILL):
+            if team.waves and ctas > places and (is_short or fill(ctas, places) >= least_wave_fill):
+                return team, 1
+            if team.waves_of_few and ctas > places and problem.kv_bytes <= _FEW_BYTES:
                 return team, 1
     for team in teams:
         ring = _ring(spec, team)

@@ -47,7 +47,7 @@ struct Combine {
                         if (column < width) put<Tile>(columns.out[first_tile + n], c, begin, lane, mine);
                     }
                 ptx::sync_first<32 * WARPS>();
-                for (int task = lane.in_cta(); task < HEADS * width * 4 * tiles; task += 32 * WARPS) {
+                for (int task = lane.in_cta; task < HEADS * width * 4 * tiles; task += 32 * WARPS) {
                     const int dim = task % (4 * tiles) * 4;  // within the piece
                     const int head = task / (4 * tiles) % HEADS, column = task / (4 * tiles) / HEADS;
                     const auto place = [&](int i) { return i * HEADS + head; };  // of the head's warps

@@ -37,6 +37,6 @@ DEVICE bool all_are_written(const DecodeParams& p, const Work& work, const Lane&
 
 template <int THREADS>
 DEVICE void take_tags_away(const DecodeParams& p, const Work& work, const Lane& lane) {
-    for (int i = lane.in_cta(); i < work.parts.count; i += THREADS)
+    for (int i = lane.in_cta; i < work.parts.count; i += THREADS)
         ptx::store_tag(tag_of(p, work, work.parts.at(i)), 0);
 }

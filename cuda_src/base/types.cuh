@@ -20,14 +20,14 @@ struct Lane {
     int thread;  // 0..3: a pair of columns of A and C, a pair of rows of B
 
     int warp;
+    int in_cta;
 
     static DEVICE Lane self() { return of(threadIdx.x); }
     static DEVICE Lane of(u32 thread) {
         const int lane = thread % 32;
-        return {lane / 4, lane % 4, static_cast<int>(thread / 32)};
+        return {lane / 4, lane % 4, static_cast<int>(thread / 32), static_cast<int>(thread)};
     }
     DEVICE int index() const { return 4 * group + thread; }
-    DEVICE int in_cta() const { return 32 * warp + index(); }
 };
 
 template <class T>

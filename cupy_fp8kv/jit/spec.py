@@ -82,7 +82,7 @@ class DecodeSpec:
         # a few registers more where K or V is wide, and so do the two terms of a weight where V is BF16.
         k_is_fp8, v_is_fp8 = (KV_FORMATS[name].is_fp8 for name in (self.k, self.v))
         if self.layout == "padded":
-            return 183, 222 if k_is_fp8 else 0, 232
+            return 175, 222 if k_is_fp8 else 0, 232
         if k_is_fp8:
             return (183, 216, 232) if v_is_fp8 else (180, 200, 200)
         return (160, 0, 216) if self.v == "bf16" else (172, 0, 216)
