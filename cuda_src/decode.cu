@@ -10,9 +10,9 @@
 //
 // The specialisation's lines before this file include the policies' headers and name them: QFormat, KFormat, VFormat,
 // Scale, Layout, Position, Schedule; and define kHeadDim, kColumnTiles, kSubtiles, kWarps, kHeads, kHasRing,
-// kCtasPerSm, kAhead, kSoftCap, kManyQueries and kSharedBytes. kAhead is how early the next tile is asked for, as far as
-// registers allow: 2, its K before this tile's products with Q and its V after those with the weights; 1, its K after
-// the products with Q; 0, K and V take turns in the registers, as they always do with a ring.
+// kCtasPerSm, kAhead, kSoftCap, kManyQueries and kSharedBytes. kAhead is how early the next tile is asked for, as far
+// as registers allow: 2, its K before this tile's products with Q and its V after those with the weights; 1, its K
+// after the products with Q; 0, K and V take turns in the registers, as they always do with a ring.
 #include "attention/columns.cuh"
 #include "attention/combine.cuh"
 #include "attention/parts.cuh"

@@ -65,7 +65,7 @@ MIN_SHORT_RING_FILL = 0.4
 _LEAST_TURNS = 4
 #: What a CTA of 8 warps reads in a second where memory has more to give, what memory gives, and what it takes longer if
 #: requests are split.
-_CTA_RATE = 50e9
+_CTA_RATE = 45e9
 _MEMORY_RATE = 3.0e12
 _MERGE_SECONDS = 2.2e-6
 MIN_RING_WAVE_FILL = 0.9

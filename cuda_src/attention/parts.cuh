@@ -57,8 +57,8 @@ DEVICE PartSum sum_of_parts(const DecodeParams& p, const PartRange& parts, int c
     return sum;
 }
 
-// What merging with THREADS threads shares: their sums, and a state for each group of them that takes some of the parts.
-// A column has four threads at least.
+// What merging with THREADS threads shares: their sums, and a state for each group of them that takes some of the
+// parts. A column has four threads at least.
 template <int THREADS>
 struct MergeShared {
     float4 outs[THREADS];

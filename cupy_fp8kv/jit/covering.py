@@ -148,7 +148,10 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
     for index, ((k, v), q, head_dim, groups) in enumerate(combinations):
         shapes = _by_schedule(_problem(q, k, v, head_dim, groups[-1]), arch)
         by_lengths = [*shapes["listed"], *shapes["even"]]
-        found += [*shapes["uniform"], by_lengths[index % len(by_lengths)]]
+        registers, rings = shapes["uniform"][:3], shapes["uniform"][3:]
+        # Rings read rows of all formats alike: every second one will do for all but the most common.
+        rings = rings if (k, v) == ("e4m3", "e4m3") else rings[index % 2 :: 2]
+        found += [*registers, *rings, by_lengths[index % len(by_lengths)]]
         if q == "f16":
             paged = _by_schedule(_problem(q, k, v, head_dim, groups[-1], layout="paged"), arch)
             choices = [paged["uniform"][0], *paged["even"]]
@@ -171,8 +174,11 @@ def _software_decode(arch: int) -> list[DecodeSpec]:
     combinations = itertools.product(_SOFTWARE_FORMATS, LAYOUTS, _GROUPS.values(), _COMMON_HEAD_DIMS)
     for index, (name, layout, groups, head_dim) in enumerate(combinations):
         q = _Q_FORMATS[index % len(_Q_FORMATS)]
-        shapes = plan.specs(_problem(q, name, name, head_dim, groups[-1], layout=layout), arch)
-        found.append(replace(shapes[-1 - index % len(shapes)], software_fp8=True))
+        by_schedule = _by_schedule(_problem(q, name, name, head_dim, groups[-1], layout=layout), arch)
+        kinds = [shapes for shapes in by_schedule.values() if shapes]
+        shapes = kinds[index % len(kinds)]
+        # The first go straight to registers, the last have rings.
+        found.append(replace(shapes[-(index // len(kinds) % 2)], software_fp8=True))
     return found
 
 

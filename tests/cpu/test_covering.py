@@ -73,7 +73,7 @@ def test_the_default_set_has_what_planners_choose(arch):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_covering_set(arch):
     specs = covering.covering_specs(arch)
-    assert specs == covering.covering_specs(arch) and len(set(specs)) == len(specs) < 500
+    assert specs == covering.covering_specs(arch) and len(set(specs)) == len(specs) < 600
     decode = [spec for spec in specs if spec.entry == "decode"]
     assert {spec.head_dim for spec in decode} == set(range(16, 257, 16))
     assert {(spec.k, spec.v) for spec in decode} == {(k, v) for k in KV_FORMATS for v in KV_FORMATS}
@@ -85,7 +85,8 @@ def test_covering_set(arch):
     assert {spec.q for spec in software} == ({"f16", "bf16"} if arch >= 89 else set())
     assert {spec.column_tiles for spec in software} == ({1, 2} if arch >= 89 else set())
     kinds = {(spec.schedule, spec.layout, spec.stages > 0) for spec in software}
-    assert kinds == ({(spec.schedule, spec.layout, spec.stages > 0) for spec in decode} if arch >= 89 else set())
+    usual = {(spec.schedule, spec.layout, spec.stages > 0) for spec in decode if not spec.many_queries}
+    assert kinds == (usual if arch >= 89 else set())
     decode = [spec for spec in decode if not spec.software_fp8]
     for one, other in itertools.combinations(("q", "k", "v", "head_dim", "layout", "soft_cap"), 2):
         met = {(getattr(spec, one), getattr(spec, other)) for spec in decode}
