@@ -340,18 +340,19 @@ DEVICE void merge_if_complete(const DecodeParams& p, const Work& work, const Lan
 // A CTA with one work.
 template <class Chosen, class At>
 DEVICE void work_once(const DecodeParams& p, const At& place, const KVRing& ring, const Lane& lane, u8* shared) {
-    const bool feeds = kHasRing && lane.warp == kWarps;
-    if (feeds && lane.index() == 0) ring.init(&p.k_map, &p.v_map);
-    if (feeds) ptx::sync_threads();  // the others come when they have asked for q
+    if (kHasRing && lane.warp == kWarps) {
+        if (lane.index() == 0) ring.init(&p.k_map, &p.v_map);
+        ptx::sync_threads();  // the others come when they have asked for q
+        ptx::wait_for_previous_kernel();
+        const Work work = Chosen::template work<Layout>(p, place);
+        Filling filling;
+        if (lane.index() < kFeeders) feed(p, work, ring, filling, lane);
+        return;
+    }
     ptx::wait_for_previous_kernel();  // nothing before this reads memory
     const Work work = Chosen::template work<Layout>(p, place);
-    if (Chosen::kHasSurplus && !work.splits) return;
     KVRing::Turn turn;
-    Filling filling;
-    if (!feeds)
-        attend(p, work, true, turn, ring, lane, shared);
-    else if (lane.index() < kFeeders)
-        feed(p, work, ring, filling, lane);
+    if (!Chosen::kHasSurplus || work.splits) attend(p, work, true, turn, ring, lane, shared);
 }
 
 // A CTA that stays for one work after the other.
@@ -359,14 +360,13 @@ template <class Chosen, class At>
 DEVICE void work_on(const DecodeParams& p, const At& place, const KVRing& ring, const Lane& lane, u8* shared) {
     Queue& queue = *reinterpret_cast<Queue*>(shared);
     shared += kQueueBytes;
-    const bool feeds = lane.warp == kWarps;
-    if (feeds && lane.index() == 0) {
-        ring.init(&p.k_map, &p.v_map);
-        queue.init();
-    }
-    ptx::sync_threads();
-    ptx::wait_for_previous_kernel();
-    if (feeds) {
+    if (lane.warp == kWarps) {
+        if (lane.index() == 0) {
+            ring.init(&p.k_map, &p.v_map);
+            queue.init();
+        }
+        ptx::sync_threads();
+        ptx::wait_for_previous_kernel();
         typename Chosen::template Works<Layout> works(p, place);
         Filling filling;
         for (int number = 0;; number++) {
@@ -380,6 +380,8 @@ DEVICE void work_on(const DecodeParams& p, const At& place, const KVRing& ring, 
             if (lane.index() < kFeeders) feed(p, work, ring, filling, lane);
         }
     }
+    ptx::sync_threads();
+    ptx::wait_for_previous_kernel();
     // Between two works: q has been used up before the warps meet to combine, and what they combine, or merge, has been
     // read before they meet over the next q.
     KVRing::Turn turn;

@@ -9,9 +9,12 @@ constexpr int kThreads = 256;
 // One column.
 DEVICE void merge_column(const DecodeParams& p, const Parts& found, MergeShared<kThreads>& shared) {
     const auto queries = QueryRows<kManyQueries>::of(p, found.request);
-    const int kv_head = found.column / p.columns, column = found.column % p.columns;
-    if (column >= queries.columns(p)) return;  // other requests have more queries
-    const QueryPlace place = queries.place(p, kv_head, column);
+    QueryPlace place = {found.request, found.column};
+    if constexpr (kManyQueries) {
+        const int kv_head = found.column / p.columns, column = found.column % p.columns;
+        if (column >= queries.columns(p)) return;  // other requests have more queries
+        place = queries.place(p, kv_head, column);
+    }
     merge_parts<kThreads>(
         p, found.range, 1, p.head_dim / 4, threadIdx.x, shared, [&](int) { return found.column; },
         [&](int, const SoftmaxState& state, int quad, const float4& sum) {

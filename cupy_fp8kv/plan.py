@@ -15,7 +15,7 @@ from .jit.spec import DecodeSpec
 from .plan_types import MAX_WORKSPACE, DeviceInfo, Plan, fill, finish_plan, partial_bytes
 from .problem import DecodeProblem
 from .ring_plans import box_rows as box_rows  # for those who run plans
-from .ring_plans import even_plan, even_specs, has_rings, ring_plan, ring_specs, shared_ring_plan, shared_ring_specs
+from .ring_plans import even_plan, even_specs, has_rings, ring_plan, ring_specs
 from .schedule import MOST_PARTS, ListBounds
 
 #: Query heads that one CTA can take: two tiles of eight columns.
@@ -95,7 +95,6 @@ def specs(problem: DecodeProblem, arch: int, shared_per_block: int | None = None
     if has_rings(arch, shared_per_block):
         found += [] if problem.paging else ring_specs(spec)
         found += even_specs(spec, arch) if problem.ragged else []
-        found += shared_ring_specs(spec, arch) if problem.queries > 1 else []
     return found
 
 
@@ -107,8 +106,7 @@ def _cta_sizes(spec: DecodeSpec) -> list[DecodeSpec]:
 def plan_decode(problem: DecodeProblem, device: DeviceInfo) -> Plan:
     """Choose how to run ``problem`` on ``device``."""
     spec, blocks = _tile(problem)
-    with_ring = shared_ring_plan(problem, device, spec, blocks)
-    with_ring = with_ring or (even_plan if problem.ragged else ring_plan)(problem, device, spec, blocks)
+    with_ring = (even_plan if problem.ragged else ring_plan)(problem, device, spec, blocks)
     if with_ring:
         return with_ring
     uniform = _uniform_plan(problem, device, spec, blocks)

@@ -25,6 +25,7 @@ class RingTeam:
     one_wave: bool = False  # whether it reads whole requests that all have a place at one time
     waves: bool = False  # whole requests in turn
     waves_of_few: bool = False  # the same where all caches have few bytes
+    for_blocks: bool = False  # only where CTAs share the columns of a cache head
     splits_from: float = math.inf  # parts of requests, where an SM reads so many bytes or more
 
 
@@ -36,8 +37,9 @@ RING_TEAMS = (
 )  # fmt: skip
 #: The same for two tiles of columns, whose products take so long that warps without work count for more.
 WIDE_GROUP_RING_TEAMS = (
-    RingTeam(1, 8, 1, 3, one_wave=True), RingTeam(1, 4, 2, 3, one_wave=True, waves_of_few=True),
-    RingTeam(2, 4, 2, 3, waves=True), RingTeam(2, 8, 1, 3, splits_from=1.5e6), RingTeam(1, 4, 1, 6, splits_from=0),
+    RingTeam(1, 8, 1, 3, one_wave=True), RingTeam(4, 4, 2, 5, waves=True, for_blocks=True),
+    RingTeam(1, 4, 2, 3, one_wave=True, waves_of_few=True), RingTeam(2, 4, 2, 3, waves=True),
+    RingTeam(2, 8, 1, 3, splits_from=1.5e6), RingTeam(1, 4, 1, 6, splits_from=0),
 )  # fmt: skip
 #: The same where a row of K and one of V have more than 256 bytes.
 WIDE_RING_TEAMS = (
@@ -50,7 +52,10 @@ _MOST_RING_ROW_BYTES = 512  # longer ones were not measured
 #: of step, and what is read at one time no longer lies close together: 2 % slower at 8 MB, 4 % at 16 MB, whether 72 or
 #: 256 CTAs share it.
 _RING_BYTES_IN_FLIGHT = 6.4e6
+#: Less where the length of a row is not a power of two: rows of 80 and 96 bytes lost 12 to 20 % at 7 MB, 5 % at 4.8.
+_UNEVEN_BYTES_IN_FLIGHT = 5.6e6
 _LEAST_STAGES, _MOST_STAGES = 3, 6
+_ENOUGH_STAGES = 5  # for a request of no more turns
 #: Rows of a request below which starting and ending a CTA costs more than a ring gains, where requests are not split
 #: and the caches are larger than so many bytes. Smaller ones never get that far: random shapes of 110 rows and more and
 #: 7 to 53 MB were 3 to 50 % faster with rings, whatever the share of the last wave that they fill.
@@ -86,11 +91,6 @@ _MOST_EVEN_REQUESTS = 8192
 #: the device busy. Measured on an H100: 2 % faster with 32 heads, 2 to 14 % slower with 8.
 _MANY_HEADS = 16
 _EVEN_FILL_GAIN = 0.05
-#: Of rings over one long page for many rows of q: boxes, and registers of a thread for fragments with which 8 warps and
-#: the ring's fit the 168 registers that each of them has, on the architectures where they do.
-_SHARED_STAGES = 4
-_SHARED_FRAGMENTS = 132
-_SHARED_ARCHS = range(RING_ARCH, 100)
 #: Rows of a box: fewer are copied less efficiently, more read more beyond the end of a request. Pages have whole boxes.
 _EVEN_BOX_ROWS = 32
 LEAST_BOX_ROWS = 8
@@ -99,18 +99,14 @@ LEAST_BOX_ROWS = 8
 def ring_specs(spec: DecodeSpec) -> list[DecodeSpec]:
     """``spec`` with every ring that a plan may choose for equal requests, of the least number of stages."""
     rings = [ring for ring in (_ring(spec, team) for team in _ring_teams(spec)) if ring]
-    return [one for ring in rings for one in (ring, *_shorter(ring))]
+    # Two teams may come to the same kernel.
+    found = [replace(one, stages=_LEAST_STAGES) for ring in rings for one in (ring, replace(ring, subtiles=1))]
+    return list(dict.fromkeys(found))
 
 
 def even_specs(spec: DecodeSpec, arch: int) -> list[DecodeSpec]:
     """The same for equal shares, on a device of ``arch``."""
     return [ring for _, ring in _even_rings(spec)] if arch >= RING_ARCH else []
-
-
-def shared_ring_specs(spec: DecodeSpec, arch: int) -> list[DecodeSpec]:
-    """The same for many rows of q over long pages."""
-    ring = _shared_ring(spec, arch)
-    return [ring] if ring else []
 
 
 def has_rings(arch: int, shared_per_block: int | None) -> bool:
@@ -135,7 +131,9 @@ def _ring(spec: DecodeSpec, team: RingTeam) -> DecodeSpec | None:
             spec, warps=team.warps, ctas_per_sm=team.ctas_per_sm, subtiles=subtiles, heads=team.heads,
             stages=team.least_stages,
         )  # fmt: skip
-        fits = subtiles * key_bytes <= _RING_TILE_BYTES and ring.turn_rows <= MOST_BOX_ROWS
+        # Products take longer than bytes for many queries: a fragment of q is used for more rows.
+        most = _RING_TILE_BYTES * (2 if spec.many_queries else 1)
+        fits = subtiles * key_bytes <= most and ring.turn_rows <= MOST_BOX_ROWS
         if (fits or subtiles == 1) and ring.fragment_registers[0] <= _MOST_FRAGMENTS:
             return ring
     return None
@@ -145,15 +143,9 @@ def _may_have_ring(problem: DecodeProblem, device: DeviceInfo) -> bool:
     return has_rings(device.arch, device.shared_per_block) and problem.can_copy_boxes
 
 
-def _shorter(ring: DecodeSpec) -> list[DecodeSpec]:
-    """``ring`` with half the rows of a turn, and half of that, and so on."""
-    return [replace(ring, subtiles=subtiles) for subtiles in (2, 1) if subtiles < ring.subtiles]
-
-
 def _for_rows(ring: DecodeSpec, rows: int) -> DecodeSpec:
-    """``ring`` with turns that such requests have some of."""
-    fitting = (one for one in (ring, *_shorter(ring)) if rows >= _LEAST_TURNS * one.turn_rows)
-    return next(fitting, (ring, *_shorter(ring))[-1])
+    """``ring``, or one with the shortest turns for requests of so few rows."""
+    return ring if rows >= _LEAST_TURNS * ring.turn_rows else replace(ring, subtiles=1)
 
 
 def _reads_alone(problem: DecodeProblem, ctas: int) -> bool:
@@ -164,7 +156,9 @@ def _reads_alone(problem: DecodeProblem, ctas: int) -> bool:
 
 def _stages(ring: DecodeSpec, team: RingTeam, ctas: int) -> int:
     """Boxes of a ring of which so many fill at one time; rather some more than less."""
-    stages = math.ceil(_RING_BYTES_IN_FLIGHT / (ctas * ring.stage_bytes) - 0.2)
+    uneven = ring.head_dim & (ring.head_dim - 1)
+    wanted, least_part = (_UNEVEN_BYTES_IN_FLIGHT, 0.4) if uneven else (_RING_BYTES_IN_FLIGHT, 0.2)
+    stages = math.ceil(wanted / (ctas * ring.stage_bytes) - least_part)
     return min(max(stages, team.least_stages), _MOST_STAGES)
 
 
@@ -184,37 +178,11 @@ def ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, bloc
     ring = _for_rows(ring, rows)
     # In several waves, those that begin find the memory busy. No ring is longer than what it is for.
     stages = team.least_stages if ctas > places else _stages(ring, team, ctas)
-    ring = replace(ring, stages=min(stages, max(_LEAST_STAGES, -(-rows // ring.turn_rows))))
+    ring = replace(ring, stages=min(stages, max(_ENOUGH_STAGES, -(-rows // ring.turn_rows))))
     pairs = f" in teams of {team.heads}" if team.heads > 1 else ""
     pieces = ctas // splits
     reason = f"{pieces} request heads{pairs} in {splits} splits: rings on {ctas} of {places} places"
     return finish_plan(problem, device, ring, blocks, splits, reason)
-
-
-def shared_ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, blocks: int) -> Plan | None:
-    """A plan for many rows of q over the same long page, or None for anything else.
-
-    Products take longer there than bytes, so a fragment of q is used for as many rows as fit the registers.
-    """
-    if problem.queries < 2 or not problem.paging or not _may_have_ring(problem, device):
-        return None
-    ring = _shared_ring(spec, device.arch)
-    if ring is None or problem.paging.page_size % ring.turn_rows or problem.rows_read < ring.turn_rows:
-        return None
-    pieces = problem.batch * problem.num_kv_heads * blocks
-    splits = max(1, min(device.sm_count // pieces, problem.rows_read // ring.turn_rows))
-    reason = f"{pieces} tiles of queries in {splits} splits, {ring.tile_rows} rows of a long page at a time"
-    return finish_plan(problem, device, ring, blocks, splits, reason)
-
-
-def _shared_ring(spec: DecodeSpec, arch: int) -> DecodeSpec | None:
-    if arch not in _SHARED_ARCHS or spec.column_tiles < 2 or spec.row_bytes > _MOST_RING_ROW_BYTES:
-        return None
-    for subtiles in (4, 2):
-        ring = replace(spec, warps=8, ctas_per_sm=1, subtiles=subtiles, stages=_SHARED_STAGES)
-        if ring.fragment_registers[0] <= _SHARED_FRAGMENTS and ring.turn_rows <= MOST_BOX_ROWS:
-            return ring
-    return None
 
 
 def _is_short(problem: DecodeProblem) -> bool:
@@ -226,7 +194,11 @@ def _ring_team(
 ) -> tuple[RingTeam | None, int]:
     """Who reads a request with rings, and in how many splits; None: registers do as well."""
     sms = device.sm_count
-    teams = [team for team in _ring_teams(spec) if problem.num_kv_heads % team.heads == 0]
+    teams = [
+        team
+        for team in _ring_teams(spec)
+        if problem.num_kv_heads % team.heads == 0 and (blocks > 1 or not team.for_blocks)
+    ]
     is_short = _is_short(problem)
     least_wave_fill = MIN_WIDE_GROUP_WAVE_FILL if spec.column_tiles > 1 else MIN_RING_WAVE_FILL
     # A split of a short request is shorter still.

@@ -76,7 +76,8 @@ DEVICE void merge_parts(const DecodeParams& p, const PartRange& parts, int count
     const int groups = max_of(1, THREADS / tasks);
     const int group = groups == 1 ? 0 : thread / tasks;
     for (int task = thread - group * tasks; groups > 1 || task < tasks; task += THREADS) {
-        const int i = task / quads, quad = task % quads;
+        // Of one column the compiler knows this, and divisions take long.
+        const int i = count == 1 ? 0 : task / quads, quad = count == 1 ? task : task % quads;
         PartSum sum = {SoftmaxState::empty(), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
         if (group < groups) sum = sum_of_parts(p, parts, column_of(i), quad, group, groups);
         if (groups == 1) {

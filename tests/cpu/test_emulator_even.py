@@ -5,7 +5,7 @@ import dataclasses
 import emulator
 import numpy as np
 import pytest
-from emulator.bugs import MODE, PLAIN, THREAD, Bug, each_of_this_mode, noticed
+from emulator.bugs import MODE, PLAIN, Bug, each_of_this_mode, noticed
 from emulator.checks import run
 from even import NAMED, even_cases, even_everywhere, even_paged_cases
 from paged_cases import paged
@@ -137,10 +137,6 @@ BUGS = [
     Bug(
         "a box of a page not begun", (PLAIN,), "layout/paged.cuh", "row >> p.box_shift << p.box_shift", "row",
         shares_of_pages,
-    ),
-    Bug(
-        "a work written over before it is done", (PLAIN, THREAD), "attention/work_queue.cuh",
-        "if (number >= kSlots) ptx::barrier_wait", "if (false) ptx::barrier_wait", shares,
     ),
     Bug(
         "boxes expected that a share does not have", (PLAIN,), "decode.cu", "rows * row_bytes, lane,",
