@@ -36,7 +36,7 @@ def ring_plan(case: Case, device: DeviceInfo) -> Plan:
     if not rings:
         return plan.plan_decode(problem, device)
     ring = rings[case.seed % len(rings)]
-    ring = dataclasses.replace(ring, stages=ring.stages + case.seed % 4)
+    ring = dataclasses.replace(ring, stages=ring.stages + case.seed % 3)
     splits = min(1 + case.seed % 4, -(-problem.rows_read // ring.turn_rows))
     return plan.finish_plan(problem, device, ring, blocks, max(1, splits), "a ring")
 

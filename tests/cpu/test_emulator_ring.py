@@ -27,7 +27,7 @@ def test_the_cases_reach_every_ring():
     plans = [ring_plan(case, emulator.HOPPER) for case in (*FEW, LONG)]
     for what, values in (("heads", {1, 2}), ("ctas_per_sm", {1, 2}), ("warps", {4, 8}), ("subtiles", {1, 2, 4})):
         assert {getattr(one.spec, what) for one in plans} >= values, what
-    assert {one.spec.stages for one in plans} >= {3, 4, 5, 6} and {one.splits for one in plans} >= {1, 2, 3}
+    assert {one.spec.stages for one in plans} >= {3, 4, 5} and {one.splits for one in plans} >= {1, 2, 3}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
