@@ -132,7 +132,7 @@ def test_torch_is_measured_beside_ours(name):
 def test_the_first_result_is_timed():
     found = {one.name: one for one in start.run(processes=1)}
     assert list(found) == ["cold", "warm", "import"]
-    assert found["import"].seconds < found["warm"].seconds < found["cold"].seconds
+    assert found["import"].seconds < min(found["warm"].seconds, found["cold"].seconds)
     assert list(found["cold"].steps)[-2:] == ["first call", "result"]
     assert found["warm"].steps["first call"] < found["cold"].steps["first call"]
 

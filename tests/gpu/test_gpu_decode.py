@@ -17,7 +17,7 @@ from gpu_support import assert_same_bits, cp, device, planned, poison_pool, to_c
 import cupy_fp8kv
 from cupy_fp8kv.backends import reference
 from cupy_fp8kv.formats import E4M3, FP8_FORMATS, KV_FORMATS
-from cupy_fp8kv.plan import plan_decode
+from cupy_fp8kv.plan import plan_decode, specs
 
 pytestmark = pytest.mark.gpu
 
@@ -459,11 +459,14 @@ def test_explain_and_warmup():
 
     case = Case(head_dim=64, group=2, batch=2, kv_len=128)
     compiled = cupy_fp8kv.warmup(head_dim=64, group_size=2)
-    assert len(compiled) == (8 if device().arch >= 90 else 4) and compiled[-1].startswith("merge")
+    kernels = specs(case.problem, device().arch, device().shared_per_block)
+    assert compiled[:-1] == [str(spec) for spec in kernels] and compiled[-1].startswith("merge")
     known = set(compiler._kernels)
     moved = build(case).to(to_cupy)
     moved.call()
     assert set(compiler._kernels) == known, "a call compiled what warmup had promised"
     told = cupy_fp8kv.explain(moved.q.view, moved.k.view, moved.v.view)
-    assert str(told.plan.spec) in compiled and str(told.plan.spec) in str(told)
+    # How many stages a ring has is not part of the kernel.
+    spec = dataclasses.replace(told.plan.spec, stages=min(told.plan.spec.stages, 3))
+    assert str(spec) in compiled and str(told.plan.spec) in str(told)
     assert told.plan == plan_decode(case.problem, device())
