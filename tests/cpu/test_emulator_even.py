@@ -99,6 +99,13 @@ def shares(machine):
         run(machine, CUTS)
 
 
+def one_share(machine):
+    """All requests by one CTA."""
+    with pytest.MonkeyPatch.context() as patch, even_everywhere(patch):
+        patch.setattr(cuda, "device_info", lambda index: dataclasses.replace(emulator.HOPPER, sm_count=1))
+        run(machine, CUTS)
+
+
 def shares_and_merge(machine):
     """The same where another kernel merges."""
     with pytest.MonkeyPatch.context() as patch:
@@ -139,6 +146,10 @@ BUGS = [
         shares_of_pages,
     ),
     Bug(
+        "a work written over before it is done", (PLAIN,), "attention/work_queue.cuh",
+        "if (number >= kSlots) ptx::barrier_wait", "if (false) ptx::barrier_wait", one_share,
+    ),
+    Bug(
         "boxes expected that a share does not have", (PLAIN,), "decode.cu", "rows * row_bytes, lane,",
         "kTurnRows * row_bytes, lane,", shares, "deadlock",
     ),
@@ -150,6 +161,6 @@ def test_planted_bugs_are_noticed(tmp_path, monkeypatch, machine, bug):
     noticed(tmp_path, monkeypatch, machine, bug)
 
 
-@pytest.mark.parametrize("check", [shares, shares_and_merge, shares_of_pages])
+@pytest.mark.parametrize("check", [shares, one_share, shares_and_merge, shares_of_pages])
 def test_checks_of_planted_bugs_pass_without_them(emulate, check):
     check(emulate)

@@ -64,7 +64,8 @@ MODES = {
         Mode(
             "address", ("g++",),
             (
-                *_SANITIZED, "-fno-gnu-unique", "-fsanitize=address,undefined", "-fsanitize-recover=address",
+                *_SANITIZED, "-fno-gnu-unique", "-fsanitize=address,undefined,bounds-strict",
+                "-fsanitize-recover=address",
             ),
             "libasan",
             (

@@ -1,4 +1,4 @@
-"""Shared parts of contexts on the GPU: right, and at least five times as fast as reading a long prefix per request."""
+"""Shared parts of contexts on the GPU: right, and much faster than reading a long prefix for each request."""
 
 import os
 
@@ -91,6 +91,5 @@ def test_a_long_prefix_is_read_once():
         pytest.skip("the results are right; to be timed, the GPU must not be shared with other tests")
     per_request, once = (min(device_time(call) for _ in range(5)) for call in (alone, together))
     print(f"prefix per request {per_request * 1e6:.1f} us, once {once * 1e6:.1f} us: {per_request / once:.1f} times")
-    # Alone on an H100: 2.6 times. What takes long is the prefix, whose rows are converted again for every 16 of its
-    # 2048 query heads.
-    assert per_request > 2 * once
+    # Alone on an H100: 5.1 times, of which the host is some; 5.5 in a captured graph (`bench --suite cache`).
+    assert per_request > 4 * once
