@@ -58,14 +58,16 @@ _LEAST_STAGES, _MOST_STAGES = 3, 6
 _ENOUGH_STAGES = 5  # for a request of no more turns
 #: Rows of a request below which starting and ending a CTA costs more than a ring gains, where requests are not split
 #: and the caches are larger than so many bytes. Smaller ones never get that far: random shapes of 110 rows and more and
-#: 7 to 53 MB were 3 to 50 % faster with rings, whatever the share of the last wave that they fill.
+#: 7 to 53 MB were 3 to 50 % faster with rings, whatever the share of the last wave that they fill, one of 29 rows 23 %.
 RING_ROWS = 1024
 _LEAST_RING_ROWS = 16
 _FEW_BYTES = 100e6
 #: The share of the places of one wave below which a request is split rather than read by rings with more in flight,
-#: and the share that every one of several waves must fill.
+#: and the share that every one of several waves must fill, for one tile of columns and for two.
 MIN_RING_FILL = 0.5
 MIN_SHORT_RING_FILL = 0.4
+MIN_RING_WAVE_FILL = 0.9
+MIN_WIDE_GROUP_WAVE_FILL = 0.8
 #: Turns that a request has at least where a turn is as long as it may be.
 _LEAST_TURNS = 4
 #: What a CTA of 8 warps reads in a second where memory has more to give, what memory gives, and what it takes longer if
@@ -73,8 +75,6 @@ _LEAST_TURNS = 4
 _CTA_RATE = 45e9
 _MEMORY_RATE = 3.0e12
 _MERGE_SECONDS = 2.2e-6
-MIN_RING_WAVE_FILL = 0.9
-MIN_WIDE_GROUP_WAVE_FILL = 0.8
 _MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 224 in all
 #: Bytes of a warp's share of a box.
 _RING_TILE_BYTES = 2048
@@ -85,7 +85,7 @@ _RING_SHARED_BYTES = 160 << 10
 EVEN_LEAST_BYTES = 48 << 10
 EVEN_TEAMS = (RingTeam(1, 8, 1, 4), RingTeam(2, 8, 1, 4))
 WIDE_EVEN_TEAMS = (RingTeam(1, 4, 1, 4),)
-#: Every warp sums up all lengths, some 5 microseconds for a thousand requests: of more than this a list is made.
+#: Every CTA sums up all lengths, some 5 microseconds for a thousand requests: of more than this a list is made.
 _MOST_EVEN_REQUESTS = 8192
 #: The first team that fits is taken, of pairs of heads where there are so many, unless another keeps so much more of
 #: the device busy. Measured on an H100: 2 % faster with 32 heads, 2 to 14 % slower with 8.
