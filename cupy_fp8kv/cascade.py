@@ -137,7 +137,8 @@ class MultiLevelCascadeAttentionWrapper:
                     f"{names[0]}: expected one query token for each request, got {np.diff(rows).tolist()}"
                 )
             assert indptr.values is not None and indices.values is not None and last.values is not None
-            pages = read_page_tables(page_size, indptr.values, indices.values, last.values)
+            # Copies: a caller may use these arrays for the next step before this one runs.
+            pages = read_page_tables(page_size, indptr.values, indices.values, last.values).snapshot()
             levels.append(_Level(rows, pages, num_qo_heads // num_kv_heads))
         options = {"logits_soft_cap": logits_soft_cap, "sm_scale": sm_scale}
         self._plan = levels, _Sizes(num_qo_heads, num_kv_heads, head_dim, page_size), options

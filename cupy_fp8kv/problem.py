@@ -63,9 +63,10 @@ class Paging:
 
 @dataclass(frozen=True)
 class DecodeProblem:
-    """One query token per request over a cache. Strides in bytes, cache axes in NHD order without the last.
+    """Attention of query tokens over a cache: one a request, or ``queries`` at most that see the same rows.
 
-    Of a paged cache ``kv_len`` is the length to plan for, and the first axis of its strides is that of the pages.
+    Strides in bytes, cache axes in NHD order without the last. Of a paged cache ``kv_len`` is the length to plan for,
+    and the first axis of its strides is that of the pages.
     """
 
     batch: int

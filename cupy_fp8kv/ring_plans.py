@@ -70,8 +70,8 @@ MIN_RING_WAVE_FILL = 0.9
 MIN_WIDE_GROUP_WAVE_FILL = 0.8
 #: Turns that a request has at least where a turn is as long as it may be.
 _LEAST_TURNS = 4
-#: What a CTA of 8 warps reads in a second where memory has more to give, what memory gives, and what it takes longer if
-#: requests are split.
+#: What a CTA reads in a second where memory has more to give (of 8 warps, or 4 with rows twice as long), what memory
+#: gives, and what it takes longer if requests are split.
 _CTA_RATE = 45e9
 _MEMORY_RATE = 3.0e12
 _MERGE_SECONDS = 2.2e-6
@@ -115,7 +115,7 @@ def has_rings(arch: int, shared_per_block: int | None) -> bool:
 
 
 def _ring_teams(spec: DecodeSpec) -> tuple[RingTeam, ...]:
-    """The teams that a ring may be for, by the length of the rows."""
+    """The teams that a ring may be for, by the length of the rows and the tiles of columns."""
     if spec.row_bytes > _MOST_RING_ROW_BYTES:
         return ()
     if spec.row_bytes > _WIDE_ROW_BYTES:
@@ -126,6 +126,8 @@ def _ring_teams(spec: DecodeSpec) -> tuple[RingTeam, ...]:
 def _ring(spec: DecodeSpec, team: RingTeam) -> DecodeSpec | None:
     """The kernel with a ring for ``team``, or None where it does not fit the registers."""
     key_bytes = 16 * spec.head_dim * KV_FORMATS[spec.k].itemsize
+    if spec.many_queries:
+        key_bytes = max(key_bytes, 16 * spec.head_dim * KV_FORMATS[spec.v].itemsize)
     for subtiles in (4, 2, 1):
         ring = replace(
             spec, warps=team.warps, ctas_per_sm=team.ctas_per_sm, subtiles=subtiles, heads=team.heads,
@@ -154,6 +156,13 @@ def _reads_alone(problem: DecodeProblem, ctas: int) -> bool:
     return alone <= problem.kv_bytes / _MEMORY_RATE + _MERGE_SECONDS
 
 
+def _fitting(ring: DecodeSpec, device: DeviceInfo) -> DecodeSpec | None:
+    """``ring`` with as many of its stages as its share of an SM's shared memory holds; None if these are too few."""
+    room = device.shared_per_block // ring.ctas_per_sm - replace(ring, stages=0).shared_bytes
+    stages = min(ring.stages, room // (ring.stage_bytes + 16))
+    return replace(ring, stages=stages) if stages >= _LEAST_STAGES else None
+
+
 def _stages(ring: DecodeSpec, team: RingTeam, ctas: int) -> int:
     """Boxes of a ring of which so many fill at one time; rather some more than less."""
     uneven = ring.head_dim & (ring.head_dim - 1)
@@ -178,7 +187,9 @@ def ring_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, bloc
     ring = _for_rows(ring, rows)
     # In several waves, those that begin find the memory busy. No ring is longer than what it is for.
     stages = team.least_stages if ctas > places else _stages(ring, team, ctas)
-    ring = replace(ring, stages=min(stages, max(_ENOUGH_STAGES, -(-rows // ring.turn_rows))))
+    ring = _fitting(replace(ring, stages=min(stages, max(_ENOUGH_STAGES, -(-rows // ring.turn_rows)))), device)
+    if ring is None:
+        return None
     pairs = f" in teams of {team.heads}" if team.heads > 1 else ""
     pieces = ctas // splits
     reason = f"{pieces} request heads{pairs} in {splits} splits: rings on {ctas} of {places} places"
@@ -250,19 +261,22 @@ def even_plan(problem: DecodeProblem, device: DeviceInfo, spec: DecodeSpec, bloc
     wanted = 2 if problem.num_kv_heads >= _MANY_HEADS else 1
     # A share may have two partial results, each with a tag for every cache head.
     most_shares = MAX_WORKSPACE // (2 * (partial_bytes(problem) + 8 * problem.num_kv_heads))
-    chosen, filled = None, 0.0
+    chosen: tuple[DecodeSpec, int, int] | None = None
+    filled = 0.0
     for team, ring in sorted(_even_rings(spec), key=lambda one: one[0].heads != wanted):
         if problem.num_kv_heads % team.heads or box_rows(problem, ring) < LEAST_BOX_ROWS:
             continue
         teams = problem.num_kv_heads // team.heads
         shares = min(device.sm_count // teams, most_shares)
         share_of_sms = shares * teams / device.sm_count
+        fitting = _fitting(replace(ring, stages=_stages(ring, team, shares * teams)), device) if shares else None
+        if fitting is None:
+            continue
         if share_of_sms > filled + (_EVEN_FILL_GAIN if chosen else MIN_RING_FILL):
-            chosen, filled = (team, ring, teams, shares), share_of_sms
+            chosen, filled = (fitting, teams, shares), share_of_sms
     if chosen is None:
         return None
-    team, ring, teams, shares = chosen
-    ring = replace(ring, stages=_stages(ring, team, shares * teams))
+    ring, teams, shares = chosen
     reason = (
         f"lengths decide: {shares} equal shares of all rows for {teams} teams of cache heads, a ring on "
         f"{shares * teams} of {device.sm_count} SMs"

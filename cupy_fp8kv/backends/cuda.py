@@ -125,7 +125,7 @@ class PreparedDecode:
             # Rarely as many requests are split as may be: CTAs that find nothing to merge are a loss.
             merge_grid = min(columns, _MERGES_PER_SM * self.info.sm_count) if plan.by_lengths else columns
             self._new_merge = partial(Launch, compiler.load(merge, device), merge_grid, dependent=True)
-        #: Held while kernels that share a caller's workspace are launched: no other thread's come between them.
+        #: Held while kernels that share a caller's workspace are launched: no other call of this kind comes between.
         self._workspace_lock = threading.Lock()
         #: Calls that no thread is making: after a while, as many as threads have made at the same time.
         self._idle = [self._new_call()]

@@ -136,3 +136,14 @@ def test_errors():
     with pytest.raises(ValueError, match=r"^k_shared: expected 3 axes"):
         shared.run(tree.q, tree.cache, tree.cache, tree.cache)
     assert "MultiLevelCascadeAttentionWrapper" in cupy_fp8kv.__all__
+
+
+def test_a_plan_keeps_no_tables_of_the_caller():
+    """A server writes the next step's tables over those of a plan that has not run yet."""
+    tree = Tree(*TREES["a prefix"], 2, 4)
+    wrapper = Cascade(len(tree.tables), backend="numpy")
+    tree.plan(wrapper)
+    for tables in tree.tables:
+        for table in tables:
+            table[...] = 0
+    tree.check(*wrapper.run(tree.q, tree.cache, **SCALES, return_lse=True), **SCALES)

@@ -185,3 +185,21 @@ def test_kernels_of_equal_shares_are_for_devices_with_rings():
         assert {MergeSpec.behind(spec).layout for spec in even} == {problem.layout}
         assert not any(spec.schedule == "even" for spec in specs(problem, 89))
         assert not any(spec.stages for spec in specs(problem, 120, 99 << 10))
+
+
+@pytest.mark.parametrize("sm_count", [16, 46, 78, 132])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_every_ring_fits_the_shared_memory(sm_count, queries):
+    """Few SMs get long rings each, and wide V, or many queries, large boxes."""
+    device = dataclasses.replace(H100, sm_count=sm_count)
+    formats = ("e4m3", "f16", "bf16")
+    for k, v, head_dim, heads, columns in itertools.product(
+        formats, formats, range(16, 257, 16), (1, 2, 8, 16), (8, 16)
+    ):
+        paging = Paging(16, 1, 4096, 0)
+        problem = ragged(64, 4096, heads, columns // queries, head_dim=head_dim, k=k, v=v)
+        for one in (problem, dataclasses.replace(problem, paging=paging)):
+            if one.paging:
+                one = dataclasses.replace(one, queries=queries)
+            plan = plan_decode(one, device)
+            assert plan.spec.shared_bytes * plan.spec.ctas_per_sm <= device.shared_per_block + 1024
