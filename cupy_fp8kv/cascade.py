@@ -18,10 +18,13 @@ from .merging import merge_state
 from .page_tables import PageTables, read_page_tables
 from .paged import batch_decode_with_paged_kv_cache
 from .paged_dispatch import PagedOptions, decode_paged
-from .pages import check_csr, csr_pages, download_table, read_table
+from .pages import adopt_cache, check_csr, csr_pages, download_table, read_table
 from .plan import MAX_COLUMNS
 from .positions import check_pos_encoding_mode
 from .problem import check_heads
+
+#: The largest head_dim of a 16-bit cache with which the kernels for several rows of q fit the registers everywhere.
+_MOST_DIM_OF_WIDE = 240
 
 
 class _Sizes(NamedTuple):
@@ -38,10 +41,12 @@ class _Level:
     so equal shares divide long segments of many rows and short ones alike.
     """
 
-    def __init__(self, qo_indptr: np.ndarray, tables: PageTables, group_size: int):
+    def __init__(self, qo_indptr: np.ndarray, tables: PageTables, group_size: int, most_columns: int = MAX_COLUMNS):
         self.rows = int(qo_indptr[-1])
+        self._given = qo_indptr, tables, group_size
+        self._alone: _Level | None = None
         counts = np.diff(qo_indptr)
-        most = max(1, MAX_COLUMNS // group_size)
+        most = max(1, most_columns // group_size)
         size = int(max((-(-count // -(-count // most)) for count in counts.tolist() if count), default=1))
         parts = -(-counts // size)
         if (parts == 1).all():
@@ -60,6 +65,12 @@ class _Level:
 
     def attend(self, q: Any, cache: Any, options: dict[str, Any], names: tuple[str, str]) -> tuple[Any, Any]:
         """(v, s) of each row of q over the pages of its segment."""
+        cache = adopt_cache(cache, names[0])
+        arrays_of = cache if isinstance(cache, tuple) else (cache,)
+        is_wide = any(array.itemsize > 1 and array.shape[-1] > _MOST_DIM_OF_WIDE for array in arrays_of)
+        if is_wide and self._tables.queries > 1:
+            self._alone = self._alone or _Level(*self._given, most_columns=1)
+            return self._alone.attend(q, cache, options, names)
         result: tuple[Any, Any] = decode_paged(
             q, cache, self._tables, PagedOptions(**options, return_lse=True, names=names)
         )

@@ -75,7 +75,8 @@ _LEAST_TURNS = 4
 _CTA_RATE = 45e9
 _MEMORY_RATE = 3.0e12
 _MERGE_SECONDS = 2.2e-6
-_MOST_FRAGMENTS = 150  # registers of a thread for fragments; 288 threads have 224 in all
+#: Registers of a thread for fragments, by the CTAs of an SM: 288 threads of one, and 160 of each of two, have 168.
+_MOST_FRAGMENTS = {1: 150, 2: 120}
 #: Bytes of a warp's share of a box.
 _RING_TILE_BYTES = 2048
 #: The least architecture that has the copy engine, and the shared memory of those of its devices that were measured.
@@ -136,7 +137,7 @@ def _ring(spec: DecodeSpec, team: RingTeam) -> DecodeSpec | None:
         # Products take longer than bytes for many queries: a fragment of q is used for more rows.
         most = _RING_TILE_BYTES * (2 if spec.many_queries else 1)
         fits = subtiles * key_bytes <= most and ring.turn_rows <= MOST_BOX_ROWS
-        if (fits or subtiles == 1) and ring.fragment_registers[0] <= _MOST_FRAGMENTS:
+        if (fits or subtiles == 1) and ring.fragment_registers[0] <= _MOST_FRAGMENTS[team.ctas_per_sm]:
             return ring
     return None
 
@@ -208,7 +209,7 @@ def _ring_team(
     teams = [
         team
         for team in _ring_teams(spec)
-        if problem.num_kv_heads % team.heads == 0 and (blocks > 1 or not team.for_blocks)
+        if problem.num_kv_heads % team.heads == 0 and (blocks > 1 or not team.for_blocks) and _ring(spec, team)
     ]
     is_short = _is_short(problem)
     least_wave_fill = MIN_WIDE_GROUP_WAVE_FILL if spec.column_tiles > 1 else MIN_RING_WAVE_FILL

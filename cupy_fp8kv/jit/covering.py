@@ -106,6 +106,11 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
+def _takes_queries(k: str, v: str, head_dim: int) -> bool:
+    """Whether requests over such a cache may have several rows of q; cascade.py decides alike."""
+    return head_dim < MAX_HEAD_DIM or all(KV_FORMATS[name].is_fp8 for name in (k, v))
+
+
 def _by_schedule(problem: DecodeProblem, arch: int) -> dict[str, list[DecodeSpec]]:
     found = plan.specs(problem, arch)
     return {name: [spec for spec in found if spec.schedule == name] for name in SCHEDULES}
@@ -126,7 +131,10 @@ def _pairwise_decode(arch: int) -> list[DecodeSpec]:
         groups = _GROUPS[row["column_tiles"]]
         group = groups[index % len(groups)]
         # Requests of padded caches have one row of q.
-        queries = max(2, group) if row["many_queries"] and row["layout"] == "paged" else 1
+        several = (
+            row["many_queries"] and row["layout"] == "paged" and _takes_queries(row["k"], row["v"], row["head_dim"])
+        )
+        queries = max(2, group) if several else 1
         problem = _problem(
             row["q"], row["k"], row["v"], row["head_dim"], max(group, queries), row["soft_cap"], row["layout"], queries
         )  # fmt: skip
@@ -149,16 +157,21 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
         shapes = _by_schedule(_problem(q, k, v, head_dim, groups[-1]), arch)
         by_lengths = [*shapes["listed"], *shapes["even"]]
         registers, rings = shapes["uniform"][:3], shapes["uniform"][3:]
-        # Rings read rows of all formats alike: every second one will do for all but the most common.
-        rings = rings if (k, v) == ("e4m3", "e4m3") else rings[index % 2 :: 2]
+        # Of E5M2, whose kernels compile like E4M3's, one of each in turn; rings, which read rows of all formats alike,
+        # every second one for all but the most common.
+        if (k, v) == ("e5m2", "e5m2"):
+            registers, rings = registers[index % 3 :][:1], rings[index % max(1, len(rings)) :][:1]
+        elif (k, v) != ("e4m3", "e4m3"):
+            rings = rings[index % 2 :: 2]
         found += [*registers, *rings, by_lengths[index % len(by_lengths)]]
         if q == "f16":
             paged = _by_schedule(_problem(q, k, v, head_dim, groups[-1], layout="paged"), arch)
             choices = [paged["uniform"][0], *paged["even"]]
             # Not the same one whenever a head dimension comes round.
             found.append(choices[(index + index // per_pair) % len(choices)])
-            shared = plan.specs(_problem(q, k, v, head_dim, groups[-1], layout="paged", queries=groups[-1]), arch)
-            found += shared[-1 - index % 2 :][:1]
+            if _takes_queries(k, v, head_dim):
+                shared = plan.specs(_problem(q, k, v, head_dim, groups[-1], layout="paged", queries=groups[-1]), arch)
+                found += shared[-1 - index % 2 :][:1]
     return found
 
 

@@ -138,6 +138,13 @@ def test_errors():
     assert "MultiLevelCascadeAttentionWrapper" in cupy_fp8kv.__all__
 
 
+def tree_level(tree):
+    """The first level of a tree, planned."""
+    wrapper = Cascade(len(tree.tables), backend="numpy")
+    tree.plan(wrapper)
+    return wrapper._plan[0][0]
+
+
 def test_a_plan_keeps_no_tables_of_the_caller():
     """A server writes the next step's tables over those of a plan that has not run yet."""
     tree = Tree(*TREES["a prefix"], 2, 4)
@@ -147,3 +154,16 @@ def test_a_plan_keeps_no_tables_of_the_caller():
         for table in tables:
             table[...] = 0
     tree.check(*wrapper.run(tree.q, tree.cache, **SCALES, return_lse=True), **SCALES)
+
+
+def test_wide_caches_of_the_largest_head_dim_have_one_row_of_q_a_request():
+    """Their kernels for several rows would not fit the registers of every architecture."""
+    tree = Tree(*TREES["a prefix"], 2, 4)
+    level = tree_level(tree)
+    for head_dim, dtype, expected in ((256, np.float16, True), (240, np.float16, False), (256, np.uint8, False)):
+        q = np.ones((tree.batch, 8, head_dim), np.float16)
+        cache = np.zeros((tree.cache.shape[0], 2, 16, 2, head_dim), dtype)
+        level._alone = None
+        v, s = level.attend(q, cache, {"backend": "numpy"}, ("paged_kv_cache",) * 2)
+        assert (level._alone is not None) is expected and v.shape == q.shape
+        np.testing.assert_allclose(s, np.log2(70), rtol=1e-5)
