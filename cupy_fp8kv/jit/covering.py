@@ -163,6 +163,8 @@ def _full_decode(pairs: Iterable[tuple[str, str]], head_dims: Sequence[int], arc
             registers, rings = registers[index % 3 :][:1], rings[index % max(1, len(rings)) :][:1]
         elif (k, v) != ("e4m3", "e4m3"):
             rings = rings[index % 2 :: 2]
+        if (k, v) == ("bf16", "bf16"):  # which only differs from FP16 in how products are called
+            registers = registers[index % 2 :: 2]
         found += [*registers, *rings, by_lengths[index % len(by_lengths)]]
         if q == "f16":
             paged = _by_schedule(_problem(q, k, v, head_dim, groups[-1], layout="paged"), arch)
