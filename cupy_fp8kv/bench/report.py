@@ -27,8 +27,30 @@ class PeerFigure:
     skipped: bool = False
 
 
+class _Figures:
+    """What follows from the figures of a row, whatever was timed."""
+
+    nbytes: Any
+    limit_us: float
+    us: float
+    error: float
+    tolerance: Any
+
+    @property
+    def fraction(self) -> float:
+        return self.limit_us / self.us
+
+    @property
+    def gb_per_second(self) -> float:
+        return float(self.nbytes / self.us / 1e3)
+
+    @property
+    def wrong(self) -> bool:
+        return not self.error <= self.tolerance
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(_Figures):
     """Times in microseconds; ``fraction`` is limit over ours. None where there is no such figure.
 
     ``plan_us`` and ``plan_host_us`` are those of a plan that is made once, and told its lengths once.
@@ -53,20 +75,16 @@ class Row:
         return self.shape.name
 
     @property
-    def fraction(self) -> float:
-        return self.limit_us / self.us
+    def nbytes(self) -> int:
+        return self.kv_bytes
 
     @property
-    def gb_per_second(self) -> float:
-        return self.kv_bytes / self.us / 1e3
+    def tolerance(self) -> float:
+        return TOLERANCES[self.shape.q]
 
     @property
     def speedup(self) -> float | None:
         return None if self.fp16_us is None else self.fp16_us / self.us
-
-    @property
-    def wrong(self) -> bool:
-        return not self.error <= TOLERANCES[self.shape.q]
 
     def peer_fraction(self, peer: str) -> float | None:
         """Of the limit; None where the peer has no time."""
@@ -94,7 +112,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class CacheRow:
+class CacheRow(_Figures):
     """An operation of suite cache: times in microseconds, and how long ``against`` takes in the same run.
 
     ``tolerance``: what ``error`` may be.
@@ -120,20 +138,8 @@ class CacheRow:
         return self.read_bytes + self.written_bytes
 
     @property
-    def fraction(self) -> float:
-        return self.limit_us / self.us
-
-    @property
-    def gb_per_second(self) -> float:
-        return self.nbytes / self.us / 1e3
-
-    @property
     def times_faster(self) -> float | None:
         return None if self.against_us is None else self.against_us / self.us
-
-    @property
-    def wrong(self) -> bool:
-        return not self.error <= self.tolerance
 
     def record(self) -> dict[str, Any]:
         derived = {
