@@ -19,12 +19,9 @@ from .page_tables import PageTables, read_page_tables
 from .paged import batch_decode_with_paged_kv_cache
 from .paged_dispatch import PagedOptions, decode_paged
 from .pages import adopt_cache, check_csr, csr_pages, download_table, read_table
-from .plan import MAX_COLUMNS
+from .plan import MAX_COLUMNS, takes_many_queries
 from .positions import check_pos_encoding_mode
 from .problem import check_heads
-
-#: The largest head_dim of a 16-bit cache with which the kernels for several rows of q fit the registers everywhere.
-_MOST_DIM_OF_WIDE = 240
 
 
 class _Sizes(NamedTuple):
@@ -67,8 +64,8 @@ class _Level:
         """(v, s) of each row of q over the pages of its segment."""
         cache = adopt_cache(cache, names[0])
         arrays_of = cache if isinstance(cache, tuple) else (cache,)
-        is_wide = any(array.itemsize > 1 and array.shape[-1] > _MOST_DIM_OF_WIDE for array in arrays_of)
-        if is_wide and self._tables.queries > 1:
+        takes_many = takes_many_queries(arrays_of[0].shape[-1], (array.itemsize for array in arrays_of))
+        if self._tables.queries > 1 and not takes_many:
             self._alone = self._alone or _Level(*self._given, most_columns=1)
             return self._alone.attend(q, cache, options, names)
         result: tuple[Any, Any] = decode_paged(

@@ -8,12 +8,13 @@ kernel, so it is only done where the requests' heads alone do not fill the devic
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from .formats import KV_FORMATS
 from .jit.spec import DecodeSpec
 from .plan_types import MAX_WORKSPACE, DeviceInfo, Plan, fill, finish_plan, partial_bytes
-from .problem import DecodeProblem
+from .problem import MAX_HEAD_DIM, DecodeProblem
 from .ring_plans import box_rows as box_rows  # for those who run plans
 from .ring_plans import even_plan, even_specs, has_rings, ring_plan, ring_specs
 from .schedule import MOST_PARTS, ListBounds
@@ -40,6 +41,15 @@ LISTED_WAVES = 1.25
 LISTED_LEAST_ROWS = 256
 #: CTAs are as small as they may be with no more parts of one request than this, which one CTA merges.
 _MOST_PARTS_OF_ONE = 200
+
+
+def takes_many_queries(head_dim: int, itemsizes: Iterable[int]) -> bool:
+    """Whether requests over K and V of these bytes an element may have several rows of q.
+
+    The kernels for several rows over 16-bit caches of the largest head_dim do not fit the registers of all
+    architectures.
+    """
+    return head_dim < MAX_HEAD_DIM or max(itemsizes) == 1
 
 
 def split_rows(begin: int, end: int, splits: int, warps: int, tile_rows: int) -> list[list[tuple[int, int]]]:

@@ -107,8 +107,7 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _takes_queries(k: str, v: str, head_dim: int) -> bool:
-    """Whether requests over such a cache may have several rows of q; cascade.py decides alike."""
-    return head_dim < MAX_HEAD_DIM or all(KV_FORMATS[name].is_fp8 for name in (k, v))
+    return plan.takes_many_queries(head_dim, (KV_FORMATS[name].itemsize for name in (k, v)))
 
 
 def _by_schedule(problem: DecodeProblem, arch: int) -> dict[str, list[DecodeSpec]]:
