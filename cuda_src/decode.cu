@@ -19,8 +19,9 @@
 #include "attention/query.cuh"
 #include "attention/query_rows.cuh"
 #include "attention/ring.cuh"
-#include "attention/tags.cuh"
+#include "attention/soft_cap.cuh"
 #include "attention/tile.cuh"
+#include "attention/told_parts.cuh"
 #include "attention/work_queue.cuh"
 #include "mask.cuh"
 #include "params.cuh"
@@ -36,18 +37,21 @@ constexpr int kTileRows = 16 * kSubtiles;
 constexpr int kColumns = 8 * kColumnTiles;
 // Rows that the warps of a CTA take together, for each of its heads.
 constexpr int kTurnRows = kWarps / kHeads * kTileRows;
-constexpr int kThreads = 32 * (kWarps + kHasRing);
+// Of many works, three more warps merge: beside 8 and the one that feeds, they take no registers from others.
+constexpr int kMergers = 32 * 3;
+constexpr int kThreads = 32 * (kWarps + kHasRing) + (Schedule::kManyWorks ? kMergers : 0);
 using KBox = RingBox<kHeadDim * KFormat::kBytes, kTurnRows, kHeads>;
 using VBox = RingBox<kHeadDim * VFormat::kBytes, kTurnRows, kHeads>;
 using KVRing = Ring<KBox, VBox, kWarps>;
 // With little else to wait for, the chain of products is what a tile takes long for.
 constexpr int kChains = kHasRing && kSubtiles * kColumnTiles == 1 ? 2 : 1;
-using Queue = WorkQueue<kWarps>;
-constexpr int kQueueBytes = Schedule::kManyWorks ? Queue::kSharedBytes : 0;
+// Queries of two tiles of columns take room that a ring is longer by.
+using Queue = WorkQueue<kWarps, kColumnTiles == 1 ? 4 : 2, kHeads * kColumns * kHeadDim * QFormat::kBytes>;
+using Told = ToldParts<kHeadDim>;
+constexpr int kQueueBytes = Schedule::kManyWorks ? sizeof(Queue) : 0;
 static_assert(kSharedBytes == WarpCombine::kSharedBytes + Queries::kSharedBytes + kQueueBytes,
               "spec.py and the kernel disagree");
-static_assert(sizeof(MergeShared<32 * kWarps>) <= WarpCombine::kSharedBytes - WarpCombine::kStateBytes,
-              "merging needs more");
+static_assert(sizeof(MergeShared<32 * kWarps>) <= WarpCombine::kSharedBytes, "merging needs more");
 static_assert(!kHasRing || kAhead == 0, "a ring is ahead by itself");
 static_assert(!kHasRing || !Schedule::kHasSurplus || Schedule::kManyWorks,
               "the warp that feeds a ring would wait for warps that have left");
@@ -55,17 +59,9 @@ static_assert(kHasRing || !Schedule::kManyWorks, "who feeds the ring says what t
 // Where lengths decide on the shares of rings, many small boxes make a turn, so that little is read beyond the end of a
 // request, and none crosses from page to page. Lanes of the warp that feeds take one each.
 constexpr int kFeeders = Schedule::kHasShares ? 32 : 1;
+static_assert(!Schedule::kManyWorks || kFeeders == 32, "the whole warp finds works and goes on with them");
 // Turns then begin with a box, which may be before the first row that the query sees.
 constexpr bool kFromBefore = Schedule::kHasShares && Layout::kLooksUp;
-
-// tanh(y) to some 2^-20 of itself: 1 - 2 / (1 + exp(2y)), which is exact at both ends but cancels near 0, where its
-// series is used (DLMF 4.33.3).
-DEVICE float tanh_of(float y) {
-    const float square = y * y;
-    const float series = y * (1.0f - square * (0.33333333f - square * (0.13333333f - square * 0.05396825f)));
-    const float rational = 1.0f - 2.0f / (1.0f + ptx::exp2(y * (2.0f * kLog2E)));
-    return square < 0.04f ? series : rational;
-}
 
 // Scores of a tile to logits in the base of exp2, masked. `head_of(column)`: the query head.
 template <class HeadOf>
@@ -99,40 +95,59 @@ DEVICE int first_turn_of(const Work& work) {
     return work.first_row + (Schedule::kManyWorks ? 0 : work.split * kTurnRows);
 }
 
-// How the ring goes round, from work to work.
-struct Filling {
-    KVRing::Turn turn;
-    int boxes = 0;  // so far
-};
-
 // Keeps the ring full: what the first kFeeders lanes of a warp of its own do.
-DEVICE void feed(const DecodeParams& p, const Work& work, const KVRing& ring, Filling& filling, const Lane& lane) {
-    const RowRange range = work.rows;
-    const int step = step_of(work), head = work.head_team * kHeads;
-    const int before = kFeeders == 1 ? 0 : lane.index() << p.box_shift;  // rows of a turn before this lane's box
-    const auto whole_boxes = [&](int rows) { return (rows + (1 << p.box_shift) - 1) >> p.box_shift << p.box_shift; };
-    typename Layout::BoxPlaces places(p, work.request);
-    int row = first_turn_of(work);
-    if (row < range.end) places.ask(row + before, range);
-    for (; row < range.end; row += step) {
-        const int rows = kFeeders == 1 ? kTurnRows : min_of(kTurnRows, whole_boxes(range.end - row));
-        places.find(row + before);
-        if (row + step < range.end) places.ask(row + step + before, range);
-        const auto fill = [&](const TensorMap& map, int row_bytes) {
-            const bool first = filling.boxes++ < p.stages;
-            ring.fill<kFeeders>(filling.turn, first, rows * row_bytes, lane, [&](u8* box, u64* barrier) {
-                if (before < rows)
-                    ptx::copy_box(box + before * row_bytes, &map, 0, 0, head, places.row, places.outer, barrier);
-            });
-            ring.advance(filling.turn);
-        };
-        fill(p.k_map, KBox::kBytes / kTurnRows);
-        fill(p.v_map, VBox::kBytes / kTurnRows);
+class Feeder {
+  public:
+    DEVICE Feeder(const DecodeParams& p, const KVRing& ring, const Lane& lane)
+        : p_(p), ring_(ring), lane_(lane), before_(kFeeders == 1 ? 0 : lane.index() << p.box_shift) {}
+
+    // Asks for the places of the first boxes of a work.
+    DEVICE void ask(const Work& work, Layout::BoxPlaces& places) const {
+        places = typename Layout::BoxPlaces(p_, work.request);
+        const int row = first_turn_of(work);
+        if (row < work.rows.end) places.ask(p_, row + before_, work.rows);
     }
-}
+
+    // Asks for the boxes of a work. Calls `begun` behind the first, which is on its way then, and before the second.
+    template <class Begun>
+    DEVICE void feed(const Work& work, Layout::BoxPlaces places, Begun begun) {
+        const RowRange range = work.rows;
+        const int first_row = first_turn_of(work), step = step_of(work), head = work.head_team * kHeads;
+        if (first_row >= range.end) begun();
+        for (int row = first_row; row < range.end; row += step) {
+            const int rows = kFeeders == 1 ? kTurnRows : min_of(kTurnRows, whole_boxes(range.end - row));
+            places.find(p_, row + before_);
+            if (row + step < range.end) places.ask(p_, row + step + before_, range);
+            fill(p_.k_map, KBox::kBytes / kTurnRows, rows, head, places);
+            if (row == first_row) begun();
+            fill(p_.v_map, VBox::kBytes / kTurnRows, rows, head, places);
+        }
+    }
+
+  private:
+    DEVICE int whole_boxes(int rows) const { return (rows + (1 << p_.box_shift) - 1) >> p_.box_shift << p_.box_shift; }
+
+    DEVICE void fill(const TensorMap& map, int row_bytes, int rows, int head, const Layout::BoxPlaces& places) {
+        const bool first = boxes_++ < p_.stages;
+        ring_.template fill<kFeeders>(turn_, first, rows * row_bytes, lane_, [&](u8* box, u64* barrier) {
+            if (before_ < rows)
+                ptx::copy_box(box + before_ * row_bytes, &map, 0, 0, head, places.row, places.outer, barrier);
+        });
+        ring_.advance(turn_);
+    }
+
+    const DecodeParams& p_;
+    const KVRing& ring_;
+    const Lane& lane_;
+    int before_;     // rows of a turn before this lane's box
+    KVRing::Turn turn_;
+    int boxes_ = 0;  // so far
+};
 
 // The columns of a work: whose queries they are, and where their results go.
 struct WorkColumns {
+    static constexpr int kQueryBytes = kHeadDim * QFormat::kBytes;
+
     const DecodeParams& p;
     RowsOfQ rows_of_q;
     int head_team;
@@ -153,22 +168,37 @@ struct WorkColumns {
         return (head_team * kHeads + head_in_team) * p.columns + first + column;
     }
 
-    DEVICE Queries::Asked ask(const Lane& lane) const {
-        return Queries::ask(
+    DEVICE const u8* query(int head_in_team, int column) const {
+        return p.q + place(head_in_team, column).from(p.q_stride_request, p.q_stride_head);
+    }
+
+    // The queries from where they are, or with many works from where they have been copied to.
+    DEVICE Queries::Asked ask(const u8* copied, const Lane& lane) const {
+        return Queries::template ask<Schedule::kManyWorks>(
             [&](int head_in_team, int column) {
                 // Columns without a query of their own repeat the last one; nothing reads their results.
-                const QueryPlace from = place(head_in_team, min_of(column, of_head - 1 - first));
-                return p.q + from.from(p.q_stride_request, p.q_stride_head);
+                const int used_column = max_of(0, min_of(column, of_head - 1 - first));
+                return Schedule::kManyWorks ? copied + (head_in_team * kColumns + used_column) * kQueryBytes
+                                            : query(head_in_team, used_column);
             },
             lane);
     }
 
+    DEVICE int query_bytes() const { return kHeads * used() * kQueryBytes; }
+
+    // Has the queries copied into shared memory, where ask() looks for them.
+    DEVICE void copy_queries(u8* to, u64* barrier, const Lane& lane) const {
+        for (int i = lane.index(); i < kHeads * used(); i += 32) {
+            const int head_in_team = i / used(), column = i % used();
+            ptx::copy_bytes(to + (head_in_team * kColumns + column) * kQueryBytes, query(head_in_team, column),
+                            kQueryBytes, barrier);
+        }
+    }
+
     // Brings the queries into the L2 cache.
     DEVICE void fetch_ahead(const Lane& lane) const {
-        for (int i = lane.index(); i < kHeads * used(); i += 32) {
-            const u8* row = p.q + place(i / used(), i % used()).from(p.q_stride_request, p.q_stride_head);
-            for (int byte = 0; byte < kHeadDim * QFormat::kBytes; byte += 128) ptx::prefetch(row + byte);
-        }
+        for (int i = lane.index(); i < kHeads * used(); i += 32)
+            for (int byte = 0; byte < kQueryBytes; byte += 128) ptx::prefetch(query(i / used(), i % used()) + byte);
     }
 
     DEVICE void put(int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum,
@@ -183,15 +213,21 @@ struct WorkColumns {
 
     DEVICE void put_part(int part, int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum,
                          float factor) const {
-        const i64 row = static_cast<i64>(part) * (p.num_kv_heads * p.columns) + in_all(head_in_team, column);
-        *reinterpret_cast<float4*>(p.partial_out + row * kHeadDim + dim) =
-            make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
+        const int in_all = this->in_all(head_in_team, column);
+        const float4 scaled = make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
+        if (Schedule::kHasShares && p.tag) {
+            Told(p, in_all, dim / 4).store(part, state, scaled);
+            return;
+        }
+        const i64 row = static_cast<i64>(part) * (p.num_kv_heads * p.columns) + in_all;
+        *reinterpret_cast<float4*>(p.partial_out + row * kHeadDim + dim) = scaled;
         if (dim == 0) *reinterpret_cast<float2*>(p.partial_state + row * 2) = make_float2(state.reference, state.sum);
     }
 };
 
-// One work of a CTA, by its first kWarps warps. The ring is not filled before this asks for the first q.
-DEVICE void attend(const DecodeParams& p, const Work& work, bool is_first, KVRing::Turn& turn, const KVRing& ring,
+// One work of a CTA, by its first kWarps warps. `copied`: where q has been copied to, of many works. Of a single one,
+// the ring is not filled before this has asked for q.
+DEVICE void attend(const DecodeParams& p, const Work& work, const u8* copied, KVRing::Turn& turn, const KVRing& ring,
                    const Lane& lane, u8* shared) {
     const RowRange range = work.rows;
     const int kv_len = work.kv_len;
@@ -219,11 +255,11 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool is_first, KVRin
     }
 
     const auto work_columns = WorkColumns::of(p, work);
-    const auto asked = work_columns.ask(lane);
+    const auto asked = work_columns.ask(copied, lane);
     float scale = Scale::at(p.logit_scale, p.k_scale, p.k_scale_stride, kv_head);
     scale = Scale::at(scale, p.q_scale, 0, 0) * KFormat::kGain;
     if constexpr (!kSoftCap) scale *= kLog2E;  // a soft cap needs natural logits first
-    if (kHasRing && is_first) ptx::sync_threads();  // now the ring may be filled
+    if (kHasRing && !Schedule::kManyWorks) ptx::sync_threads();  // now the ring may be filled
     const Queries queries(asked, head_of_team, lane, shared + WarpCombine::kSharedBytes);
     WarpColumns columns;
     // A ring has rows for all warps as long as it has any; registers only what is in the range.
@@ -312,6 +348,7 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool is_first, KVRin
         [&](int head_in_team, int column, const SoftmaxState& state, int dim, const float4& sum) {
             const float out_scale = VFormat::kGain * Scale::at(p.out_scale, p.v_scale, p.v_scale_stride,
                                                                work.head_team * kHeads + head_in_team);
+            // Twice the same, but the number of splits is an argument of the kernel, which takes no register.
             if (Schedule::kHasShares ? work.is_whole : work.splits == 1)
                 results.put(head_in_team, column, state, dim, sum, state.normalizer() * out_scale);
             else
@@ -319,22 +356,42 @@ DEVICE void attend(const DecodeParams& p, const Work& work, bool is_first, KVRin
         });
 }
 
-// After a work that has a part of a request: merges all parts if this was the last one. By the CTA's first kWarps
-// warps.
+// When a part of a request is stored: merges what all parts are there of. By THREADS threads, those that attend or
+// those that merge beside them.
+template <int THREADS>
 DEVICE void merge_if_complete(const DecodeParams& p, const Work& work, const Lane& lane, u8* shared) {
-    constexpr int kMergers = 32 * kWarps;
-    int* verdict = reinterpret_cast<int*>(shared);
-    auto& space = *reinterpret_cast<MergeShared<kMergers>*>(shared + WarpCombine::kStateBytes);
-    if (!all_are_written<kMergers>(p, work, lane, verdict)) return;
-    take_tags_away<kMergers>(p, work, lane);
+    constexpr bool kIsBeside = THREADS == kMergers;
+    static_assert(kMergers != 32 * kWarps, "these are told apart by their number");
     const auto columns = WorkColumns::of(p, work);
+    ptx::fence_device();
+    // Whoever stored what this thread will look at has passed a fence too: of those beside, this thread for them.
+    if constexpr (!kIsBeside) ptx::sync_first<THREADS>();
+    const int thread = kIsBeside ? lane.in_cta - (kThreads - kMergers) : lane.in_cta;
     const int used = columns.used();
-    merge_parts<kMergers>(
-        p, work.parts, kHeads * used, kHeadDim / 4, lane.in_cta, space,
-        [&](int i) { return columns.in_all(i / used, i % used); },
-        [&](int i, const SoftmaxState& state, int quad, const float4& sum) {
-            columns.put(i / used, i % used, state, 4 * quad, sum, state.normalizer());
+    merge_parts<THREADS>(
+        work.parts, kHeads * used, kHeadDim / 4, thread, reinterpret_cast<MergeShared<THREADS>*>(shared),
+        [&](int i, int quad) { return Told(p, columns.in_all(i / used, i % used), quad); },
+        [&](int i, const Part& sum, int quad) {
+            columns.put(i / used, i % used, sum.state, 4 * quad, sum.out, sum.state.normalizer());
         });
+}
+
+// What a CTA reads first, into the L2 cache: what is written before this kernel may, goes there too. Worth it where
+// requests are split, for then one wave has little to read; and possible where the host knows the lengths.
+template <class Chosen, class At>
+DEVICE void fetch_ahead(const DecodeParams& p, const At& place, const Lane& lane) {
+    if (lane.warp == 0) Layout::fetch_ahead(p, lane);
+    if (!kHasRing || Layout::kLooksUp || kManyQueries || p.kv_lens || p.splits.value == 1) return;
+    const Work work = Chosen::template work<Layout>(p, place);
+    if (lane.warp == 0) WorkColumns::of(p, work).fetch_ahead(lane);
+    if (lane.warp < kWarps || lane.index() > 0) return;
+    typename Layout::BoxPlaces places(p, work.request);
+    int boxes = p.stages;
+    for (int row = first_turn_of(work); row < work.rows.end && boxes > 0; row += step_of(work), boxes -= 2) {
+        places.find(p, row);
+        ptx::prefetch_box(&p.k_map, 0, 0, work.head_team * kHeads, places.row, places.outer);
+        ptx::prefetch_box(&p.v_map, 0, 0, work.head_team * kHeads, places.row, places.outer);
+    }
 }
 
 // A CTA with one work.
@@ -342,17 +399,21 @@ template <class Chosen, class At>
 DEVICE void work_once(const DecodeParams& p, const At& place, const KVRing& ring, const Lane& lane, u8* shared) {
     if (kHasRing && lane.warp == kWarps) {
         if (lane.index() == 0) ring.init(&p.k_map, &p.v_map);
+        if constexpr (!Chosen::kHasSurplus) fetch_ahead<Chosen>(p, place, lane);
         ptx::sync_threads();  // the others come when they have asked for q
         ptx::wait_for_previous_kernel();
         const Work work = Chosen::template work<Layout>(p, place);
-        Filling filling;
-        if (lane.index() < kFeeders) feed(p, work, ring, filling, lane);
+        Feeder feeder(p, ring, lane);
+        typename Layout::BoxPlaces places;
+        feeder.ask(work, places);
+        if (lane.index() < kFeeders) feeder.feed(work, places, [] {});
         return;
     }
+    if constexpr (!Chosen::kHasSurplus) fetch_ahead<Chosen>(p, place, lane);
     ptx::wait_for_previous_kernel();  // nothing before this reads memory
     const Work work = Chosen::template work<Layout>(p, place);
     KVRing::Turn turn;
-    if (!Chosen::kHasSurplus || work.splits) attend(p, work, true, turn, ring, lane, shared);
+    if (!Chosen::kHasSurplus || work.splits) attend(p, work, nullptr, turn, ring, lane, shared);
 }
 
 // A CTA that stays for one work after the other.
@@ -365,41 +426,65 @@ DEVICE void work_on(const DecodeParams& p, const At& place, const KVRing& ring, 
             ring.init(&p.k_map, &p.v_map);
             queue.init();
         }
+        Layout::fetch_ahead(p, lane);
         ptx::sync_threads();
         ptx::wait_for_previous_kernel();
         typename Chosen::template Works<Layout> works(p, place);
-        Filling filling;
-        for (int number = 0;; number++) {
-            Work work;
-            const bool is_one = works.next(work);
-            if (!is_one) work.request = Work::kNone;
-            queue.put(number, work, lane);
-            if (number == 0) ptx::sync_threads();  // the others come when they have asked for q
-            if (!is_one) return;
-            if (number > 0) WorkColumns::of(p, work).fetch_ahead(lane);
-            if (lane.index() < kFeeders) feed(p, work, ring, filling, lane);
+        Feeder feeder(p, ring, lane);
+        Work work;
+        typename Layout::BoxPlaces places;
+        bool is_one = works.next(work);
+        if (is_one) feeder.ask(work, places);
+        int number = 0;
+        for (; is_one; number++) {
+            const auto columns = WorkColumns::of(p, work);
+            queue.put(number, work, columns.query_bytes(), lane,
+                      [&](u8* to, u64* barrier) { columns.copy_queries(to, barrier, lane); });
+            Work coming;
+            typename Layout::BoxPlaces coming_places;
+            feeder.feed(work, places, [&] {
+                // Divisions take long, and parts are not asked for before the second box is there.
+                if (!work.is_whole) queue.add_parts(number, works.parts(), lane);
+                // Where the next rows are, which takes a way to memory, is known when it is their turn.
+                is_one = works.next(coming);
+                if (is_one) feeder.ask(coming, coming_places);
+            });
+            work = coming, places = coming_places;
         }
+        work.request = Work::kNone;
+        queue.put(number, work, 0, lane, [](u8*, u64*) {});
+        return;
     }
     ptx::sync_threads();
     ptx::wait_for_previous_kernel();
-    // Between two works: q has been used up before the warps meet to combine, and what they combine, or merge, has been
-    // read before they meet over the next q.
+    if (lane.warp > kWarps) {
+        const auto merge = [&](const Work& work) { merge_if_complete<kMergers>(p, work, lane, nullptr); };
+        if (p.tag) queue.for_each_part(merge);
+        return;
+    }
+    // Between two works: q has been used up before the warps meet to combine, and what they combine has been read
+    // before they meet over the next q.
     KVRing::Turn turn;
+    int handed_over = 0;
     for (int number = 0;;) {
         auto& entry = queue.wait(number);
-        const bool is_first = number == 0;
-        if (entry.work.request == Work::kNone) {
-            if (is_first) ptx::sync_threads();  // where the warp that feeds waits
+        const Work& work = entry.work;
+        // Not the lane and the number from before: they, and what follows from them, would be kept in registers.
+        const Lane here = Lane::of(ptx::thread_index());
+        if (work.request == Work::kNone) {
+            queue.hand_over_no_more(handed_over, work, here);
             return;
         }
         // merge.cu has to find what there is to merge, and does so meanwhile.
-        if (Chosen::kHasShares && is_first && p.tag == 0) ptx::let_next_kernel_start();
-        // Not the lane and the number from before: they, and what follows from them, would be kept in registers.
-        const Lane here = Lane::of(ptx::thread_index());
-        attend(p, entry.work, is_first, turn, ring, here, shared);
-        if (Chosen::kHasShares && !entry.work.is_whole && p.tag) merge_if_complete(p, entry.work, here, shared);
+        if (number == 0 && p.tag == 0) ptx::let_next_kernel_start();
+        attend(p, work, entry.queries, turn, ring, here, shared);
+        if (p.tag && !work.is_whole) {
+            // Nobody here has anything else to do after the last one.
+            if (work.is_last) merge_if_complete<32 * kWarps>(p, work, here, shared);
+            else queue.hand_over(handed_over, work, here);
+        }
         number = entry.number + 1;
-        queue.release(entry, here);
+        queue.release(entry);
     }
 }
 

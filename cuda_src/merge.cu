@@ -16,14 +16,16 @@ DEVICE void merge_column(const DecodeParams& p, const Parts& found, MergeShared<
         place = queries.place(p, kv_head, column);
     }
     merge_parts<kThreads>(
-        p, found.range, 1, p.head_dim / 4, threadIdx.x, shared, [&](int) { return found.column; },
-        [&](int, const SoftmaxState& state, int quad, const float4& sum) {
-            const float factor = state.normalizer();
+        found.range, 1, p.head_dim / 4, threadIdx.x, &shared,
+        [&](int, int quad) { return LeftParts(p, found.column, quad); },
+        [&](int, const Part& sum, int quad) {
+            const float factor = sum.state.normalizer();
             u8* out = p.out + place.from(p.out_stride_request, p.out_stride_head);
-            reinterpret_cast<uint2*>(out)[quad] = make_uint2(QFormat::Operand::pack(sum.x * factor, sum.y * factor),
-                                                             QFormat::Operand::pack(sum.z * factor, sum.w * factor));
+            reinterpret_cast<uint2*>(out)[quad] =
+                make_uint2(QFormat::Operand::pack(sum.out.x * factor, sum.out.y * factor),
+                           QFormat::Operand::pack(sum.out.z * factor, sum.out.w * factor));
             if (quad == 0 && p.lse)
-                p.lse[place.from(p.num_kv_heads * p.group_size.value, 1)] = state.log2_sum() * p.lse_unit;
+                p.lse[place.from(p.num_kv_heads * p.group_size.value, 1)] = sum.state.log2_sum() * p.lse_unit;
         });
 }
 

@@ -10,10 +10,9 @@ struct DecodeParams {
     TensorMap k_map;         // K and V as decode.cu's ring copies them: boxes of rows and heads
     TensorMap v_map;
     // What changes from call to call comes first, and of that addresses, which mostly do.
-    float* partial_out;      // [parts, Hkv * columns, D]; null without splits
+    float* partial_out;      // [parts, Hkv * columns, D]; null without splits. With a tag, attention/told_parts.cuh
     float* partial_state;    // [parts, Hkv * columns, 2]: reference and sum of the softmax state
-    u64* tags;               // [parts, Hkv / kHeads, column blocks]: attention/parts.cuh, if tag is not 0; or a work
-                             // list, schedule/listed.cuh
+    u8* work_list;           // schedule/listed.cuh
     u8* out;                 // like q
     float* lse;              // [B, Hq], or null
     float lse_unit;          // 1 for base 2, ln 2 for base e
@@ -23,6 +22,7 @@ struct DecodeParams {
     const int* kv_lens;      // [B], or null: every request has kv_len rows; with page_indptr, rows of the last page
     const int* page_indptr;  // [B + 1], where a request's pages begin in page_indices, or null: they are a block table
     const int* page_indices; // pages of all requests, or [B, >= pages of a request]; null for a padded cache
+    int page_entries;        // of page_indices, of all requests
     const int* q_indptr;     // [B + 1], where the rows of q of a request begin; of specialisations with kManyQueries
     const float* q_scale;    // [1], or null
     const float* k_scale;    // [1] or [Hkv], or null
@@ -53,14 +53,14 @@ struct DecodeParams {
     Divisor head_teams;      // Hkv / kHeads: CTAs that share the cache heads of one request
     Divisor column_blocks;   // CTAs that share the query heads of one cache head
     Divisor splits;          // CTAs that share the rows of one request
-    i64 tag;                 // of parts that are written; 0: merge.cu merges
+    int tag;                 // of parts that CTAs tell each other; 0: merge.cu merges
     // Of schedules that lengths decide on.
     int batch;               // B
     int most_split;          // requests that a list may split: min(B, list_parts)
     int least_turns;         // that are worth a part of their own
     Divisor list_parts;      // parts that a list may have beyond one for each request
-    int shares;              // equal ones of all rows, at most
-    int least_boxes;         // that are worth a share of their own
+    Divisor shares;          // equal ones of all rows, at most
+    Divisor least_boxes;     // that are worth a share of their own
     int request_boxes;       // what it costs to begin and to end a request
     Divisor turn_rows;       // rows that the warps of a CTA take together
     int box_shift;           // of equal shares: boxes that a ring is filled with have 2^box_shift rows
@@ -126,8 +126,8 @@ struct MergeStatesParams {
     int rows_per_cta;
     int num_states;          // S
     int parts;               // groups of threads that share the states of a row
-    Divisor team;            // quads * parts: threads of a row
-    Divisor quads;           // D / 4
+    Divisor team;            // shares * parts: threads of a row
+    Divisor shares;          // threads of a state of a row: as many as it has 16 bytes
     Divisor num_heads;       // H
 };
 
@@ -176,12 +176,12 @@ struct AppendParams {
     i64 v_scales_stride_head;
     int rows;                // N * H
     int head_dim;            // D
-    int page_size;           // R
     int num_pages;
     int lanes;               // threads of a row, a power of two up to 32
     int first_side;          // 0: K, 1: V
     int sides;               // 2: both in this launch
     int counts_skipped;      // 1: this launch counts tokens that are left out
+    Divisor page_size;       // R
     Divisor num_heads;       // H
     Divisor inner;           // size of that axis, 1 if there is none
     Divisor tokens_each;     // tokens of every request, where nothing else says which are whose

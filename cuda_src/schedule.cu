@@ -130,6 +130,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMostWarps) schedule(const __g
 
     // The kernel behind this one takes its places now and waits there.
     ptx::let_next_kernel_start();
+    if (warp == 0) Layout::fetch_ahead(p, Lane::self());
     ptx::wait_for_previous_kernel();
     u64 turns = 0;
     for (int request = threadIdx.x; request < p.batch; request += threads)

@@ -42,11 +42,13 @@ DEVICE void scale(float4& x, float factor) {
     x.w *= factor;
 }
 
+// Not left to the compiler: which product it takes into the sum must be the same wherever this is used.
+DEVICE void add(float& x, float other, float factor) { x = ptx::multiply_add(factor, other, x); }
 DEVICE void add(float4& x, const float4& other, float factor) {
-    x.x += factor * other.x;
-    x.y += factor * other.y;
-    x.z += factor * other.z;
-    x.w += factor * other.w;
+    add(x.x, other.x, factor);
+    add(x.y, other.y, factor);
+    add(x.z, other.z, factor);
+    add(x.w, other.w, factor);
 }
 
 // Merges `count` states: `state(i)` gives one, `add(i, factor)` is called in order to add up its accumulator times

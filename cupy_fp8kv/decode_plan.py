@@ -202,7 +202,7 @@ class DecodePlan:
                 self._memory, self._list_address = library.empty((bounds.nbytes,), "uint8", device)
             else:
                 self._memory, self._lens_address = library.empty((self.problem.batch,), "int32", device)
-        self._tables = (self._lens_address, 0, 0, 0) if self._lens_address else dispatch.NO_TABLES
+        self._tables = (self._lens_address, 0, 0, 0, 0) if self._lens_address else dispatch.NO_TABLES
         self._has_fast_way = on_device and abs(self._sm_scale) <= scales.MOST_FLOAT32
         if on_device:
             self._kernels = self._prepared.kernels

@@ -25,7 +25,7 @@ from .positions import check_pos_encoding_mode
 from .problem import DecodeProblem, Facts, bind_decode, check_address, check_rows
 
 #: Of a padded cache whose requests are all of full length.
-NO_TABLES = (0, 0, 0, 0)
+NO_TABLES = (0, 0, 0, 0, 0)
 #: Kinds of calls that are remembered before all are forgotten.
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], Prepared] = {}
@@ -133,7 +133,7 @@ def decode(
     tables = NO_TABLES
     if kv_lens is not None:
         kv_lens, lens_address = device_lens(kv_lens, library, prepared.problem, prepared.device)
-        tables = (lens_address, 0, 0, 0)
+        tables = (lens_address, 0, 0, 0, 0)
     return run_on_device(
         library, prepared, q, (q_address, k_address, v_address, out_address), tables, q_scale, k_scale, v_scale,
         window_left, logits_soft_cap, sm_scale, return_lse, out,
@@ -160,7 +160,7 @@ def run_on_device(
     prepared: Prepared,
     q: Any,
     addresses: tuple[int, int, int, int],
-    tables: tuple[int, int, int, int],
+    tables: tuple[int, int, int, int, int],
     q_scale: Any,
     k_scale: Any,
     v_scale: Any,

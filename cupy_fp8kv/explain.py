@@ -33,7 +33,7 @@ class Explanation:
             plan = self.plan
             splits = "by a work list" if plan.bounds else "by equal shares" if plan.shares else plan.splits
             merges = ", then merge" if plan.most_merges(self.problem.batch) else ""
-            merges = ", merged by the last CTA of a request" if plan.workspace_tags else merges
+            merges = ", merged by the last CTA of a request" if plan.merges_inside else merges
             lines += [
                 f"device   {self.device.name}, sm_{self.device.arch}, {self.device.sm_count} SMs",
                 f"kernel   {plan.spec}",

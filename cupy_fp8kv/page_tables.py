@@ -97,10 +97,11 @@ class PageTables:
         return replace(checked, q_indptr=q_indptr, queries=self.queries, q_rows=self.q_rows)
 
     @functools.cached_property
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Of ``lens``, ``indptr``, ``pages`` and ``q_indptr``, in the order of DecodeParams."""
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """Of ``lens``, ``indptr``, ``pages``, how many of these there are, and of ``q_indptr``: as in DecodeParams."""
         indptr, q_indptr = (table.address if table else 0 for table in (self.indptr, self.q_indptr))
-        return self.lens.address, indptr, self.pages.address, q_indptr
+        pages = self.pages.shape[0] if self.indptr else (self.batch - 1) * self.pages.stride + self.pages.shape[1]
+        return self.lens.address, indptr, self.pages.address, max(0, min(pages, 2**31 - 1)), q_indptr
 
     def check_pages(self, num_pages: int) -> None:
         """ValueError if the host knows of a page that a cache of ``num_pages`` does not have."""

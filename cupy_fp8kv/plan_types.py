@@ -42,7 +42,7 @@ class Plan:
     reason: str
     bounds: ListBounds | None = None  # of the work list, if one says who does what
     shares: int = 0  # equal ones of all rows, if every CTA finds its own
-    workspace_tags: int = 0  # bytes of tags of parts, if the last CTA of a request merges them; 0: another kernel does
+    merges_inside: bool = False  # whether CTAs tell each other their parts and the last of a request merges them
 
     @property
     def by_lengths(self) -> bool:
@@ -51,7 +51,7 @@ class Plan:
 
     def most_merges(self, batch: int) -> int:
         """Requests of ``batch`` that may have partial results for ``merge.cu``."""
-        if self.workspace_tags:
+        if self.merges_inside:
             return 0
         if self.shares:
             return self.shares - 1  # one at a cut
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def workspace(self) -> int:
-        return self.workspace_out + self.workspace_state + self.workspace_list + self.workspace_tags
+        return self.workspace_out + self.workspace_state + self.workspace_list
 
     @property
     def workspace_list(self) -> int:
@@ -69,6 +69,11 @@ class Plan:
 def partial_bytes(problem: DecodeProblem) -> int:
     """Bytes of a partial result of one request: a row of floats and a state for each column of each cache head."""
     return problem.num_kv_heads * problem.columns * (problem.head_dim * 4 + 8)
+
+
+def told_bytes(problem: DecodeProblem) -> int:
+    """The same of one that CTAs of a kernel tell each other: floats and a state for four, each with a tag beside."""
+    return problem.num_kv_heads * problem.columns * problem.head_dim // 4 * (4 + 2) * 8
 
 
 def finish_plan(
@@ -89,21 +94,22 @@ def finish_plan(
     slots = bounds.slots if bounds else 2 * shares if shares > 1 else parts if splits > 1 else 0
     columns = problem.num_kv_heads * problem.columns * slots
     items = (bounds.entries if bounds else shares or parts) * teams
-    tags = -(-8 * slots * teams // 16) * 16 if shares and _merges_inside(problem, spec, shares) else 0
+    inside = shares > 1 and _merges_inside(problem, spec, shares)
     # One wave of CTAs that share SMs is placed less evenly then: 1 to 2 % slower on an H100, everything else faster.
     early = slots > 0 or spec.stages > 0 or items > spec.ctas_per_sm * device.sm_count
     return Plan(
         spec=spec, splits=splits, column_blocks=blocks, grid=items,
-        workspace_out=columns * problem.head_dim * 4, workspace_state=columns * 8, early=early, reason=reason,
-        bounds=bounds, shares=shares, workspace_tags=tags,
+        workspace_out=slots * told_bytes(problem) if inside else columns * problem.head_dim * 4,
+        workspace_state=0 if inside else columns * 8, early=early, reason=reason, bounds=bounds, shares=shares,
+        merges_inside=inside,
     )  # fmt: skip
 
 
 def _merges_inside(problem: DecodeProblem, spec: DecodeSpec, parts: int) -> bool:
     """Whether the last CTA of a request merges so many parts of it sooner than another kernel would."""
-    heads = spec.heads * min(problem.columns, 8 * spec.column_tiles)
-    groups = max(1, 32 * spec.warps // (heads * problem.head_dim // 4))  # attention/parts.cuh
-    return parts <= MOST_PARTS_OF_A_THREAD * groups
+    # As in attention/parts.cuh: threads share the chunks of parts, or each takes all.
+    tasks = spec.heads * min(problem.columns, 8 * spec.column_tiles) * problem.head_dim // 4
+    return parts <= MOST_PARTS_OF_A_THREAD or -(-parts // 8) * tasks <= 32 * spec.warps
 
 
 def fill(ctas: int, slots: int) -> float:

@@ -7,8 +7,8 @@ eighth of a chunk. So there are at most ``parts`` parts beyond one a request, wh
 whatever the lengths are. Largest parts come first.
 
 Equal shares are found by every CTA itself (``cuda_src/schedule/even.cuh``). The requests lie end to end on a line,
-which is cut at any box of a ring. Of a share's requests only the first and the last may be cut, so it has two slots for
-partial results.
+which is cut at any box of a ring, or where it is very long, at every second or fourth or eighth. Of a share's requests
+only the first and the last may be cut, so it has two slots for partial results.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ MOST_PARTS = 2**15 - 1
 _BUCKETS = 32
 _SLACK_SHARE = 8
 _MOST_CHUNK = 2**30
+_LANES = 32
+#: Of what a lane sums up of a line of equal shares.
+_LANE_BITS = 26
 #: What it costs to begin and to end a request, in turns of a share.
-TURNS_OF_A_REQUEST = 1
+TURNS_OF_A_REQUEST = 0.5
 
 
 class ListEntry(NamedTuple):
@@ -147,32 +150,59 @@ def even_shares(
 ) -> list[list[SharePart]]:
     """What each of ``shares`` places on the device does, as ``schedule/even.cuh`` finds it: the last may have nothing.
 
-    Rows are counted in boxes, of which a request has one at least, and weighs ``request_boxes`` more; over pages they
-    begin at multiples of ``box_rows``. There are no more shares than have ``least_boxes``.
+    The line is in units of a box, or of 2, 4, 8 … boxes where there are very many rows (:func:`_unit_rows`). A request
+    has one unit at least, and weighs ``request_boxes`` more; over pages they begin at multiples of ``box_rows``. There
+    are no more shares than have ``least_boxes`` units.
+
+    Parts are listed in the order of the line. A CTA takes the last one second if the next share goes on with its
+    request.
 
     A definition for tests and for reading; calls never run it.
     """
-    line = []  # request, where it begins, its boxes, its first visible row, where its first box begins
-    length = 0
-    for request, kv_len in enumerate(kv_lens):
+    spans = []  # of the rows of each request: the first visible one, where the first box begins, and the end
+    for kv_len in kv_lens:
         begin = kv_len - visible_rows(kv_len, window_left)
-        first_row = begin // box_rows * box_rows if paged else begin
-        boxes = max(1, -(-(kv_len - first_row) // box_rows))
-        line.append((request, length, boxes, begin, first_row))
-        length += boxes + request_boxes
+        spans.append((begin, begin // box_rows * box_rows if paged else begin, kv_len))
+    unit = _unit_rows([kv_len - first_row for _, first_row, kv_len in spans], box_rows, request_boxes)
+    line = []  # request, where it begins, its units
+    length = 0
+    for request, (_, first_row, kv_len) in enumerate(spans):
+        line.append((request, length, _units(kv_len - first_row, unit)))
+        length += line[-1][-1] + request_boxes
     count = max(1, min(length // least_boxes, shares))
     each, longer = divmod(length, count)
     cuts = [each * share + min(share, longer) for share in range(count + 1)]
     found: list[list[SharePart]] = [[] for _ in range(shares)]
     for share, (first, last) in enumerate(itertools.pairwise(cuts)):
-        for request, at, boxes, begin, first_row in line:
-            # The boxes of the request before and in this share.
-            before, until = max(0, first - at), min(boxes, last - at)
+        for request, at, units in line:
+            # The units of the request before and in this share.
+            before, until = max(0, first - at), min(units, last - at)
             if before < until:
+                begin, first_row, kv_len = spans[request]
                 rows = (
-                    first_row + before * box_rows if before else begin,
-                    kv_lens[request] if until == boxes else first_row + until * box_rows,
+                    first_row + before * unit if before else begin,
+                    kv_len if until == units else first_row + until * unit,
                 )
                 slot = 2 * share + (before == 0)
-                found[share].append(SharePart(request, *rows, slot, before == 0 and until == boxes))
+                found[share].append(SharePart(request, *rows, slot, before == 0 and until == units))
     return found
+
+
+def _units(rows: int, unit: int) -> int:
+    return max(1, -(-rows // unit))
+
+
+def _unit_rows(rows: Sequence[int], box_rows: int, request_boxes: int) -> int:
+    """Rows of a unit of the line: of a box, doubled until each lane of a warp has a sum of less than 2^26.
+
+    The sum of all is below 2^31 then. ``rows``: of each request, from its first box on. Each of 32 lanes sums up as
+    many neighbours.
+    """
+    of_lane = -(-len(rows) // _LANES)
+    unit = box_rows
+    while any(
+        sum(_units(n, unit) + request_boxes for n in rows[first : first + of_lane]) >> _LANE_BITS
+        for first in range(0, len(rows), of_lane)
+    ):
+        unit *= 2
+    return unit

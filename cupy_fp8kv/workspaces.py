@@ -127,8 +127,14 @@ def workspace_size(
     """
     planned = planned_call(num_qo_heads, num_kv_heads, head_dim, page_size, data_type, q_data_type)
     rows = MAX_KV_LEN if max_kv_len is None else positive(max_kv_len, "max_kv_len")
-    problem = planned.problem(positive(batch_size, "batch_size"), (rows, rows, 0), window_left, bool(logits_soft_cap))
-    return most_workspace(problem, device if isinstance(device, DeviceInfo) else cuda.device_info(device))
+    batch = positive(batch_size, "batch_size")
+    info = device if isinstance(device, DeviceInfo) else cuda.device_info(device)
+    # Calls are planned by the pages of the longest request, rounded up to a power of two (PageTables.kind), and a plan
+    # for fewer may need more.
+    most_pages = 1 << (-(-rows // page_size) - 1).bit_length()
+    kinds = [min(page_size << i, MAX_KV_LEN) for i in range(most_pages.bit_length())]
+    problems = [planned.problem(batch, (kind, MAX_KV_LEN, 0), window_left, bool(logits_soft_cap)) for kind in kinds]
+    return max(most_workspace(problem, info) for problem in problems)
 
 
 def most_workspace(problem: DecodeProblem, device: DeviceInfo) -> int:

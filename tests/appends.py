@@ -30,7 +30,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "form": ("indptr", "positions", "padded", "padded equally", "padded one"),
     "page_size": (1, 3, 16, 64),
     "num_kv_heads": (1, 2, 3, 8),
-    "head_dim": (16, 48, 64, 80, 128, 256),
+    "head_dim": (16, 48, 64, 80, 128, 256, 528),
     "scales": ("none", "number", "scalar", "head", "token", "token of k"),
     "layout": ("NHD", "HND"),
     "together": (False, True),

@@ -54,6 +54,7 @@ def even_everywhere(patch: pytest.MonkeyPatch, least_rows: int = 16) -> Iterator
     with patch.context() as inside:
         inside.setattr(ring_plans, "EVEN_LEAST_BYTES", 0)
         inside.setattr(ring_plans, "MIN_RING_FILL", 0.0)
+        inside.setattr(ring_plans, "_EVEN_BYTES_A_PART", 0)
         inside.setattr(plan, "LISTED_LEAST_ROWS", least_rows)
         inside.setattr(dispatch, "_prepared", {})
         yield

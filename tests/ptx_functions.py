@@ -267,6 +267,18 @@ def _swapped(partners: Array) -> Callable[[Array], Array]:
     return lambda x: x.reshape(-1, len(partners))[:, partners].reshape(-1, 1)
 
 
+def _multiply_add(a: Array, b: Array, c: Array) -> Array:
+    """Rounded once: the product is exact in float64, the sum is rounded to odd there, and then to nearest."""
+    with np.errstate(all="ignore"):
+        product, c = _flushed(a).astype(np.float64) * _flushed(b).astype(np.float64), _flushed(c).astype(np.float64)
+        total = product + c
+        part = total - product
+        rest = (product - (total - part)) + (c - part)
+        even = np.isfinite(rest) & (rest != 0) & (total.view(np.uint64) % 2 == 0)
+        total = np.where(even, np.nextafter(total, np.where(rest > 0, np.inf, -np.inf)), total)
+        return _bits(_flushed(total.astype(np.float32)))
+
+
 def _exp2(x: Array) -> Array:
     exact = np.exp2(_flushed(_f32(x)).astype(np.float64))
     return np.where(exact > float(np.finfo(np.float32).max), np.inf, np.where(exact < 2.0**-126, 0.0, exact))
@@ -367,6 +379,9 @@ FUNCTIONS = [
     ),
     _load("out[0] = ptx::load_4(in);", 1, 1, "load_4"),
     _load("const uint2 v = ptx::load_8(in);\n        out[0] = v.x, out[1] = v.y;", 2, 2, "load_8"),
+    _load(
+        "u32 v[4]; ptx::load_16(v, in);\n        for (int j = 0; j < 4; j++) out[j] = v[j];", 4, 4, "load_16",
+    ),
     Function(
         "load_fresh_8", 2, 2,
         "const float2 v = ptx::load_fresh_8(reinterpret_cast<const float*>(in));\n"
@@ -379,10 +394,11 @@ FUNCTIONS = [
         "        out[2] = ptx::float_bits(v.z), out[3] = ptx::float_bits(v.w);", words(4), lambda x: x,
     ),
     Function(
-        "store_tag, fence_device, load_tag", 2, 2,
-        "ptx::store_tag(reinterpret_cast<u64*>(out), static_cast<u64>(in[1]) << 32 | in[0]);\n"
-        "        ptx::fence_device();\n        const u64 tag = ptx::load_tag(reinterpret_cast<u64*>(out));\n"
-        "        out[0] = static_cast<u32>(tag >> 32), out[1] = static_cast<u32>(tag);", words(2), lambda x: x[:, ::-1],
+        "store_words, fence_device, load_words", 4, 4,
+        "const u64 low = static_cast<u64>(in[1]) << 32 | in[0], high = static_cast<u64>(in[3]) << 32 | in[2];\n"
+        "        u64* place = reinterpret_cast<u64*>(out);\n        ptx::store_words(place, low, high);\n"
+        "        ptx::fence_device();\n        u64 first, second;\n        ptx::load_words(place, first, second);\n"
+        "        ptx::store_words(place, second, first);", words(4), lambda x: x[:, [2, 3, 0, 1]],
     ),
     *(_mma(name, dtype, integers) for name, dtype in (("f16", F16), ("bf16", BF16)) for integers in (True, False)),
     Function("transpose_8x8", 1, 1, "out[0] = ptx::transpose_8x8(in[0]);", words(1), _transposed),
@@ -404,6 +420,10 @@ FUNCTIONS = [
     Function(
         "divide", 2, 1, f"out[0] = ptx::float_bits({_floats_in('divide', 2)});", floats(2),
         lambda x: _bits(_flushed(_flushed(_f32(x[:, :1])) / _flushed(_f32(x[:, 1:])))), floats=True,
+    ),
+    Function(
+        "multiply_add", 3, 1, f"out[0] = ptx::float_bits({_floats_in('multiply_add', 3)});", floats(3),
+        lambda x: _multiply_add(*(_f32(x[:, i : i + 1]) for i in range(3))), floats=True,
     ),
     Function(
         "lowest_bit", 1, 1, "out[0] = ptx::lowest_bit(in[0] | 1u << (in[0] >> 27));", words(1),

@@ -33,9 +33,9 @@ class Query {
         uint2 words[kRounds][kSteps];
     };
 
-    // `row(head, column)`: where the query of a column of one of the CTA's cache heads lies. The CTA's first WARPS
-    // warps take part.
-    template <class Row>
+    // `row(head, column)`: where the query of a column of one of the CTA's cache heads lies, in shared memory or not.
+    // The CTA's first WARPS warps take part.
+    template <bool IS_SHARED, class Row>
     static DEVICE Asked ask(Row row, const Lane& lane) {
         Asked asked = {};  // or else what other warps have of the work before would be kept
 #pragma unroll
@@ -46,7 +46,9 @@ class Query {
 #pragma unroll
             for (int s = 0; s < kSteps; s++) {
                 const int element = Slice::offset(4 * KFormat::kBytes * s, lane.thread) / KFormat::kBytes;
-                asked.words[round][s] = ptx::load_8(from + element * QFormat::kBytes);
+                const u8* words = from + element * QFormat::kBytes;
+                if constexpr (IS_SHARED) ptx::load_shared<8>(&asked.words[round][s].x, words);
+                else asked.words[round][s] = ptx::load_8(words);
             }
         }
         return asked;

@@ -48,6 +48,12 @@ DEVICE uint2 load_8(const void* src) {
     return v;
 }
 
+DEVICE void load_16(u32 (&v)[4], const void* src) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "l"(src));
+}
+
 // What another CTA has written while this kernel runs, from where writes go. In place after a fence.
 DEVICE float2 load_fresh_8(const float* src) {
     float2 v;
@@ -64,16 +70,17 @@ DEVICE float4 load_fresh_16(const float* src) {
     return v;
 }
 
-// Words by which CTAs of one kernel tell each other something. A fence before a store makes known with it what was
-// written, one after a load makes that visible, and one between them orders both.
-DEVICE void store_tag(u64* address, u64 tag) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(address), "l"(tag) : "memory");
+// Words by which CTAs of one kernel tell each other something, two at a time: each is seen whole or not at all. Of two
+// CTAs that store theirs, pass a fence, and load the other's, one at least sees them.
+DEVICE void store_words(u64* to, u64 first, u64 second) {
+    asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" : : "l"(to), "l"(first), "l"(second) : "memory");
 }
 
-DEVICE u64 load_tag(const u64* address) {
-    u64 tag;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(tag) : "l"(address) : "memory");
-    return tag;
+DEVICE void load_words(const u64* from, u64& first, u64& second) {
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+                 : "=l"(first), "=l"(second)
+                 : "l"(from)
+                 : "memory");
 }
 
 DEVICE void fence_device() { asm volatile("fence.sc.gpu;" ::: "memory"); }
@@ -157,6 +164,23 @@ DEVICE void copy_box(u8* dst, const TensorMap* map, int c0, int c1, int c2, int 
         : "memory");
 }
 
+// Has the copy engine bring `bytes`, a multiple of 16 at multiples of 16, into shared memory.
+DEVICE void copy_bytes(u8* dst, const u8* src, int bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(dst))), "l"(src), "r"(bytes),
+                   "r"(static_cast<u32>(__cvta_generic_to_shared(barrier)))
+                 : "memory");
+}
+
+// Has it bring the box into the L2 cache.
+DEVICE void prefetch_box(const TensorMap* map, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];"
+                 :
+                 : "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+
 // ---------------------------------------------------------------------------------------------- tensor cores
 // c[16 x 8] += a[16 x 16] * b[16 x 8], accumulated in fp32.
 DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -208,6 +232,9 @@ DEVICE float log2(float x) {
 }
 
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+// a * b + c, rounded once.
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }

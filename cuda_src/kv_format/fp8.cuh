@@ -24,6 +24,9 @@ struct Fp8Format {
     }
 
     // Four neighbouring values from floats.
+    static DEVICE u32 word_of(const float* x) {
+        return Format::encode_pair(x[0], x[1]) | Format::encode_pair(x[2], x[3]) << 16;
+    }
     static DEVICE void store_4(u8* to, const float4& x) {
         *reinterpret_cast<u32*>(to) = Format::encode_pair(x.x, x.y) | Format::encode_pair(x.z, x.w) << 16;
     }

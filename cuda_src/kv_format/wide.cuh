@@ -18,6 +18,13 @@ struct WideFormat {
         pairs[1] = ptx::permute_bytes(a[j], b[j], 0x7632);
     }
 
+    // The two values of a word as floats, and back.
+    static DEVICE void floats_of(u32 word, float* x) {
+        x[0] = Operand::low(word);
+        x[1] = Operand::high(word);
+    }
+    static DEVICE u32 word_of(const float* x) { return Operand::pack(x[0], x[1]); }
+
     // Four neighbouring values as floats, and back.
     static DEVICE float4 load_4(const u8* from) {
         const uint2 pairs = *reinterpret_cast<const uint2*>(from);

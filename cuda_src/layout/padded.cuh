@@ -44,10 +44,24 @@ struct PaddedLayout {
         int row;
         int outer;
 
+        DEVICE BoxPlaces() {}
         DEVICE BoxPlaces(const DecodeParams&, int request) : outer(request) {}
-        DEVICE void ask(int, const RowRange&) {}
-        DEVICE void find(int row_of_request) { row = row_of_request; }
+        DEVICE void ask(const DecodeParams&, int, const RowRange&) {}
+        DEVICE void find(const DecodeParams&, int row_of_request) { row = row_of_request; }
     };
+
+    // Brings what says how long requests are into the L2 cache. By a warp of each CTA, before the kernel before has
+    // ended: what that still writes is written there.
+    static DEVICE void fetch_ahead(const DecodeParams& p, const Lane& lane) {
+        if (p.kv_lens) fetch_table(p.kv_lens, p.batch, 0, lane);
+    }
+
+    // 32 lines of a table, from number `first` on.
+    static DEVICE void fetch_table(const int* table, int entries, i64 first, const Lane& lane) {
+        constexpr int kLine = 128 / sizeof(int);
+        const i64 entry = (first + lane.index()) * kLine;
+        if (entry < entries) ptx::prefetch(reinterpret_cast<const u8*>(table + entry));
+    }
 
     // The row that boxes are to begin with, so that one of them begins or holds `row`.
     static DEVICE int box_begin(const DecodeParams&, int row) { return row; }

@@ -55,26 +55,33 @@ struct PagedLayout {
         int row;
         int outer;
 
+        DEVICE BoxPlaces() {}
         DEVICE BoxPlaces(const DecodeParams& p, int request)
-            : p_(p), first_entry_(p.page_indptr ? p.page_indptr[request] : request * p.block_table_stride) {}
+            : first_entry_(p.page_indptr ? p.page_indptr[request] : request * p.block_table_stride) {}
 
         // Asks for the entry of a row, or in place of one past the range of its last.
-        DEVICE void ask(int row_of_request, const RowRange& range) {
-            const int entry = first_entry_ + p_.page_size.quotient(range.clamp(row_of_request));
-            page_ = static_cast<int>(ptx::load_4(p_.page_indices + entry));
+        DEVICE void ask(const DecodeParams& p, int row_of_request, const RowRange& range) {
+            const int entry = first_entry_ + p.page_size.quotient(range.clamp(row_of_request));
+            page_ = static_cast<int>(ptx::load_4(p.page_indices + entry));
         }
 
         // Of the row that was asked for last.
-        DEVICE void find(int row_of_request) {
-            row = p_.page_size.remainder(row_of_request, p_.page_size.quotient(row_of_request));
+        DEVICE void find(const DecodeParams& p, int row_of_request) {
+            row = p.page_size.remainder(row_of_request, p.page_size.quotient(row_of_request));
             outer = page_;
         }
 
       private:
-        const DecodeParams& p_;
         int first_entry_;
         int page_;
     };
+
+    // As PaddedLayout; CTAs take turns over the pages.
+    static DEVICE void fetch_ahead(const DecodeParams& p, const Lane& lane) {
+        PaddedLayout::fetch_table(p.kv_lens, p.batch, 0, lane);
+        if (p.page_indptr) PaddedLayout::fetch_table(p.page_indptr, p.batch + 1, 0, lane);
+        PaddedLayout::fetch_table(p.page_indices, p.page_entries, 32ll * blockIdx.x, lane);
+    }
 
     // A box holds 2^box_shift rows of one page, which begin at a multiple of as many.
     static DEVICE int box_begin(const DecodeParams& p, int row) { return row >> p.box_shift << p.box_shift; }

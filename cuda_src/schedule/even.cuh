@@ -8,81 +8,84 @@
 #include "base/warp_sum.cuh"
 #include "schedule/work.cuh"
 
-// A request on the line: its boxes of 2^box_shift rows, one at least, and what it costs.
+// A request on the line, of units of 2^shift rows: one at least, and what it costs beside them.
 struct Stretch {
     int kv_len;
     RowRange rows;
-    int first_row;  // where its boxes begin
-    int boxes;
+    int first_row;  // where its units begin
+    int units;
 
     template <class Layout>
-    static DEVICE Stretch of(const DecodeParams& p, int request) {
+    static DEVICE Stretch of(const DecodeParams& p, int request, int shift) {
         const int kv_len = Layout::kv_len(p, request);
         const RowRange rows = RowRange::of_request(kv_len, p.window_left);
         const int first_row = Layout::box_begin(p, rows.begin);
-        return {kv_len, rows, first_row, max_of(1, (rows.end - first_row + (1 << p.box_shift) - 1) >> p.box_shift)};
+        // Not rounded up by adding: a request may have nearly 2^31 rows.
+        const int last = rows.end - first_row - 1;
+        return {kv_len, rows, first_row, last < 0 ? 1 : (last >> shift) + 1};
     }
-    DEVICE u32 weight(const DecodeParams& p) const { return static_cast<u32>(boxes + p.request_boxes); }
+    DEVICE u32 weight(const DecodeParams& p) const { return static_cast<u32>(units + p.request_boxes); }
 };
 
 // The equal shares of the line. The first `longer` ones have one more than `each`.
 struct Shares {
-    int count;
-    u64 each;
-    u64 longer;
+    u32 count;
+    u32 each;
+    u32 longer;
 
-    // No more of them than have least_boxes.
-    static DEVICE Shares of(const DecodeParams& p, u64 line) {
-        const u64 most = divide(line, p.least_boxes);
-        const int count = static_cast<int>(max_of<u64>(1, min_of<u64>(most, p.shares)));
-        const u64 each = divide(line, count);
+    // No more of them than have least_boxes. Divisions of numbers that the host knows are multiplications.
+    static DEVICE Shares of(const DecodeParams& p, u32 line) {
+        const u32 most = p.least_boxes.quotient(line);
+        const bool all = most >= static_cast<u32>(p.shares.value);
+        const u32 count = all ? p.shares.value : max_of(1u, most);
+        const u32 each = all ? p.shares.quotient(line) : line / count;
         return {count, each, line - each * count};
     }
 
-    DEVICE u64 begin(int share) const { return each * share + min_of<u64>(share, longer); }
+    DEVICE u32 begin(u32 share) const { return each * share + min_of(share, longer); }
 
     // The share that a place on the line belongs to.
-    DEVICE int of_place(u64 place) const {
-        const u64 of_longer = longer * (each + 1);
-        if (place < of_longer) return static_cast<int>(divide(place, each + 1));
-        return static_cast<int>(longer + divide(place - of_longer, each));
-    }
-
-  private:
-    // A division of 64 bits takes some hundred instructions, and lines are mostly short.
-    static DEVICE u64 divide(u64 a, u64 b) {
-        if ((a | b) >> 32) return a / b;
-        return static_cast<u32>(a) / static_cast<u32>(b);
+    DEVICE int of_place(u32 place) const {
+        const u32 of_longer = longer * (each + 1);
+        return static_cast<int>(place < of_longer ? place / (each + 1) : longer + (place - of_longer) / each);
     }
 };
 
 // A request, and where it begins on the line.
 struct Spot {
     int request;
-    u64 place;
+    u32 place;
 };
 
 // A warp's view of the line: a lane has summed up the weights of neighbouring requests.
 template <class Layout>
 class Line {
+    static constexpr int kLaneBits = 26;  // of the sum of a lane; so 31 of the whole
+
   public:
-    DEVICE explicit Line(const DecodeParams& p) : p_(p), lane_(threadIdx.x % 32), each_(ceil_div(p.batch, 32)) {
-        const int first = lane_ * each_;
-        u64 sum = 0;
-#pragma unroll 4
-        for (int i = 0; i < each_; i++) sum += weight(first + i);
-        end_ = inclusive_sum(sum, lane_);
-        begin_ = end_ - sum;
+    DEVICE explicit Line(const DecodeParams& p)
+        : p_(p), lane_(threadIdx.x % 32), each_(ceil_div(p.batch, 32)), shift_(p.box_shift) {
+        u64 sum = sum_of_lane();
+        // Requests that share pages may have any number of rows together: then a unit is several boxes.
+        while (ptx::any(sum >> kLaneBits)) {
+            shift_++;
+            sum = sum_of_lane();
+        }
+        end_ = inclusive_sum(static_cast<u32>(sum), lane_);
+        begin_ = end_ - static_cast<u32>(sum);
     }
 
-    DEVICE u64 length() const { return shuffle_any(end_, 31); }
+    DEVICE u32 length() const { return shuffle_any(end_, 31); }
+    // A unit of the line is 2^shift rows.
+    DEVICE int shift() const { return shift_; }
 
     // The request that a place on the line belongs to. For the whole warp together.
-    DEVICE Spot find(u64 place) const {
+    DEVICE Spot find(u32 place) const {
         const int owner = ptx::lowest_bit(ptx::ballot(begin_ <= place && place < end_));
-        u64 at = shuffle_any(begin_, owner);
+        u32 at = shuffle_any(begin_, owner);
+        if (each_ == 1) return {owner, at};
         for (int first = owner * each_;; first += 32) {
-            const u64 mine = weight(first + lane_), end = at + inclusive_sum(mine, lane_);
+            const u32 mine = weight(first + lane_), end = at + inclusive_sum(mine, lane_);
             const u32 beyond = ptx::ballot(end > place);
             if (beyond) {
                 const int found = ptx::lowest_bit(beyond);
@@ -93,15 +96,22 @@ class Line {
     }
 
   private:
-    DEVICE u64 weight(int request) const {
-        return request < p_.batch ? Stretch::of<Layout>(p_, request).weight(p_) : 0;
+    DEVICE u64 sum_of_lane() const {
+        u64 sum = 0;
+#pragma unroll 4
+        for (int i = 0; i < each_; i++) sum += weight(lane_ * each_ + i);
+        return sum;
+    }
+    DEVICE u32 weight(int request) const {
+        return request < p_.batch ? Stretch::of<Layout>(p_, request, shift_).weight(p_) : 0;
     }
 
     const DecodeParams& p_;
     int lane_;
     int each_;
-    u64 begin_;
-    u64 end_;
+    int shift_;
+    u32 begin_;
+    u32 end_;
 };
 
 struct EvenSchedule {
@@ -112,68 +122,94 @@ struct EvenSchedule {
     static DEVICE Place place(const DecodeParams& p, int index) { return Place::of(p, index); }
 
     // What a CTA does, one after the other. To be made by whole warps.
+    //
+    // The part of a request that the next share goes on with comes second, not last: the next share begins with the
+    // rest. So parts are merged while other requests are read, and a share ends with a request of its own, if it can.
     template <class Layout>
     class Works {
       public:
-        DEVICE Works(const DecodeParams& p, const Place& place) : p_(p), place_(place), request_(p.batch), at_(0) {
-            const Line<Layout> line(p);
-            shares_ = Shares::of(p, line.length());
-            if (place.part >= shares_.count) return;
-            const Spot spot = line.find(begin());
-            request_ = spot.request;
-            at_ = spot.place;
-            const Stretch stretch = Stretch::of<Layout>(p, request_);
-            if (begin() - at_ >= stretch.boxes) go_on(stretch);  // what is left of it is its end
+        DEVICE Works(const DecodeParams& p, const Place& place)
+            : p_(p), place_(place), line_(p), shares_(Shares::of(p, line_.length())), next_{p.batch, 0}, until_(0) {
+            if (place.part >= static_cast<int>(shares_.count)) return;
+            until_ = end();
+            next_ = line_.find(begin());
+            const Stretch stretch = stretch_of(next_);
+            if (begin() - next_.place >= static_cast<u32>(stretch.units)) go_on(stretch);  // its end is left of it
         }
 
-        // False if there is nothing more to do.
+        // False if there is nothing more to do. Without `parts`, which are found out when they are asked for.
         DEVICE bool next(Work& work) {
             if (!has_one()) return false;
-            const Stretch stretch = Stretch::of<Layout>(p_, request_);
-            const int boxes = stretch.boxes;
-            // The boxes of the request before and in this share.
-            const int before = at_ < begin() ? static_cast<int>(begin() - at_) : 0;
-            const int until = at_ + boxes > end() ? static_cast<int>(end() - at_) : boxes;
-            const bool is_begun = before > 0, is_left = until < boxes;
-            const int first_row = stretch.first_row + (before << p_.box_shift);
-            work = {request_, place_.head_team, place_.column_block, stretch.kv_len,
-                    {is_begun ? first_row : stretch.rows.begin,
-                     is_left ? stretch.first_row + (until << p_.box_shift) : stretch.rows.end},
-                    first_row, 0, 1, !is_begun && !is_left, 2 * place_.part + (is_begun ? 0 : 1), false, {}};
-            if (!work.is_whole) work.parts = parts_of(shares_, at_, boxes);
-            go_on(stretch);
+            Spot spot = next_;
+            if (number_++ == 1) {
+                const Spot last = line_.find(end() - 1);
+                if (end() - last.place < static_cast<u32>(stretch_of(last).units)) {
+                    spot = last;
+                    until_ = last.place;
+                }
+            }
+            const Stretch stretch = stretch_of(spot);
+            work = work_of(spot, stretch);
+            if (spot.request == next_.request) go_on(stretch);
             work.is_last = !has_one();
             return true;
         }
 
+        // All parts of the request that the last work has one of.
+        DEVICE PartRange parts() const { return parts_of(shares_, of_last_.at, of_last_.units); }
+
       private:
-        DEVICE u64 begin() const { return shares_.begin(place_.part); }
-        DEVICE u64 end() const { return shares_.begin(place_.part + 1); }
-        DEVICE bool has_one() const { return request_ < p_.batch && at_ < end(); }
+        struct OnLine {
+            u32 at;
+            int units;
+        };
+
+        DEVICE u32 begin() const { return shares_.begin(place_.part); }
+        DEVICE u32 end() const { return shares_.begin(place_.part + 1); }
+        DEVICE bool has_one() const { return next_.request < p_.batch && next_.place < until_; }
+        DEVICE Stretch stretch_of(const Spot& spot) const {
+            return Stretch::of<Layout>(p_, spot.request, line_.shift());
+        }
+
+        DEVICE Work work_of(const Spot& spot, const Stretch& stretch) {
+            of_last_ = {spot.place, stretch.units};
+            // The units of the request before and in this share.
+            const int shift = line_.shift(), before = spot.place < begin() ? static_cast<int>(begin() - spot.place) : 0;
+            const int until = static_cast<int>(min_of(static_cast<u32>(stretch.units), end() - spot.place));
+            const bool is_begun = before > 0, is_left = until < stretch.units;
+            const int first_row = stretch.first_row + (before << shift);
+            return {spot.request, place_.head_team, place_.column_block, stretch.kv_len,
+                    {is_begun ? first_row : stretch.rows.begin,
+                     is_left ? stretch.first_row + (until << shift) : stretch.rows.end},
+                    first_row, 0, 1, !is_begun && !is_left, 2 * place_.part + (is_begun ? 0 : 1), false, {}};
+        }
 
         DEVICE void go_on(const Stretch& stretch) {
-            at_ += stretch.weight(p_);
-            request_++;
+            next_.place += stretch.weight(p_);
+            next_.request++;
         }
 
         const DecodeParams& p_;
         const Place& place_;
-        Shares shares_;
-        int request_;
-        u64 at_;  // where it begins
+        const Line<Layout> line_;
+        const Shares shares_;
+        int number_ = 0;  // of works so far
+        Spot next_;       // on the way through the share
+        u32 until_;       // where it ends
+        OnLine of_last_;
     };
 
     // The parts of the request at a place on the line. A share has at most two parts of requests: one whose beginning
     // belongs to shares before it, and one whose beginning is its own. So numbers of neighbouring shares are two apart,
     // and a first part has the one beside.
-    static DEVICE PartRange parts_of(const Shares& shares, u64 at, int boxes) {
+    static DEVICE PartRange parts_of(const Shares& shares, u32 at, int units) {
         const int first = shares.of_place(at);
-        return {2 * first, 2, 1, shares.of_place(at + boxes - 1) - first + 1};
+        return {2 * first, 2, 1, shares.of_place(at + units - 1) - first + 1};
     }
 
     // What is to be merged, by the cut between two shares that is the first in a request.
     static DEVICE int most_merges(const DecodeParams& p) {
-        return (p.shares - 1) * p.num_kv_heads * p.columns;
+        return (p.shares.value - 1) * p.num_kv_heads * p.columns;
     }
 
     template <class Layout>
@@ -183,12 +219,12 @@ struct EvenSchedule {
         const Line<Layout> line(p);
         const Shares shares = Shares::of(p, line.length());
         Parts found = {0, column, {0, 2, 1, Parts::kNoMore}};
-        if (cut >= shares.count) return found;
-        const u64 place = shares.begin(cut);
+        if (cut >= static_cast<int>(shares.count)) return found;
+        const u32 place = shares.begin(cut);
         const Spot spot = line.find(place);
-        const int boxes = Stretch::of<Layout>(p, spot.request).boxes;
+        const int units = Stretch::of<Layout>(p, spot.request, line.shift()).units;
         found.range.count = 0;
-        if (place <= spot.place || place >= spot.place + boxes || shares.of_place(spot.place) + 1 != cut) return found;
-        return {spot.request, column, parts_of(shares, spot.place, boxes)};
+        if (place <= spot.place || place >= spot.place + units || shares.of_place(spot.place) + 1 != cut) return found;
+        return {spot.request, column, parts_of(shares, spot.place, units)};
     }
 };

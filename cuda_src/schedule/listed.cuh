@@ -33,7 +33,7 @@ struct WorkList {
     ListEntry* entries;
 
     static DEVICE WorkList of(const DecodeParams& p) {
-        ListHead* head = reinterpret_cast<ListHead*>(p.tags);
+        ListHead* head = reinterpret_cast<ListHead*>(p.work_list);
         SplitRequest* split_requests = reinterpret_cast<SplitRequest*>(head + 1);
         return {head, split_requests, reinterpret_cast<ListEntry*>(split_requests + p.most_split)};
     }

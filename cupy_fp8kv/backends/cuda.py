@@ -22,13 +22,13 @@ from ..schedule import TURNS_OF_A_REQUEST
 from ..tuning.store import tuned_plan
 
 #: Fields of DecodeParams that change from call to call.
-_DECODE_LEADING = 22
+_DECODE_LEADING = 23
 #: Of them: the addresses of the workspace and the arrays, which most calls change; and the rest.
 _DECODE_ARRAYS = 9
 _DECODE_REST = _DECODE_LEADING - _DECODE_ARRAYS
 #: Where lengths and window stand among the rest.
 _KV_LENS_VALUE = 0
-_WINDOW_VALUE = 10
+_WINDOW_VALUE = 11
 #: CTAs of a merge where lengths decide what there is to merge.
 _MERGES_PER_SM = 8
 #: Fields of QuantizeParams likewise.
@@ -37,7 +37,7 @@ _QUANTIZE_LEADING = 4
 
 def _new_tag() -> int:
     """A number that memory does not hold by chance, nor because another plan has left it there."""
-    return 1 + (int.from_bytes(os.urandom(8), "little") >> 1)
+    return 1 + int.from_bytes(os.urandom(4), "little") % (2**31 - 1)
 
 
 class _Call:
@@ -84,8 +84,7 @@ class PreparedDecode:
         self.plan: Plan = plan or tuned_plan(problem, info) or plan_decode(problem, info)
         plan = self.plan
         self._grid = plan.grid
-        # A workspace begins with a list, or with tags.
-        self._front_bytes, self._out_bytes = plan.workspace_list + plan.workspace_tags, plan.workspace_out
+        self._list_bytes, self._out_bytes = plan.workspace_list, plan.workspace_out  # in this order in a workspace
         self._partial_bytes = plan.workspace_out + plan.workspace_state
         self._runtime = require_cupy().cuda.runtime
         self._current_device = self._runtime.getDevice
@@ -99,14 +98,14 @@ class PreparedDecode:
             v_stride_head=problem.v_strides[2],
             out_stride_request=out_strides[0], out_stride_head=out_strides[1],
             kv_len=problem.max_rows, columns=problem.columns, head_dim=problem.head_dim,
-            num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages, tag=_new_tag() if plan.workspace_tags else 0,
+            num_kv_heads=problem.num_kv_heads, stages=plan.spec.stages, tag=_new_tag() if plan.merges_inside else 0,
             batch=problem.batch, most_split=plan.bounds.split_requests if plan.bounds else 0,
-            least_turns=least_turns(plan.spec), shares=plan.shares, box_shift=rows.bit_length() - 1,
-            least_boxes=least_turns(plan.spec) * plan.spec.turn_rows // rows,
+            least_turns=least_turns(plan.spec), box_shift=rows.bit_length() - 1,
             request_boxes=round(TURNS_OF_A_REQUEST * plan.spec.turn_rows / rows),
             **divisors(
                 group_size=problem.group_size, head_teams=problem.num_kv_heads // plan.spec.heads,
-                column_blocks=plan.column_blocks, splits=plan.splits,
+                column_blocks=plan.column_blocks, splits=plan.splits, shares=max(1, plan.shares),
+                least_boxes=least_turns(plan.spec) * plan.spec.turn_rows // rows,
                 list_parts=plan.bounds.parts if plan.bounds else 1, turn_rows=plan.spec.turn_rows,
                 page_size=problem.paging.page_size if problem.paging else 1,
             ),
@@ -174,10 +173,10 @@ class PreparedDecode:
         stream, makes_list = library.stream(device), not work_list
         partial_out = partial_state = 0
         if self._partial_bytes:
-            front_bytes = self._front_bytes if makes_list else 0
+            list_bytes = self._list_bytes if makes_list else 0
             # What the workspace's owner frees when this returns is freed in the order of the stream.
-            _workspace, address = workspace or library.workspace(front_bytes + self._partial_bytes, device, stream)
-            partial_out = address + front_bytes
+            _workspace, address = workspace or library.workspace(list_bytes + self._partial_bytes, device, stream)
+            partial_out = address + list_bytes
             partial_state = partial_out + self._out_bytes
             work_list = work_list or address
         call = self._take_call()

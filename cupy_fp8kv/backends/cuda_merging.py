@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from .. import arrays
 from ..arrays import Library
 from ..jit import compiler
 from ..jit import device as jit_device
@@ -42,9 +43,10 @@ class PreparedMerge:
     def __init__(self, geometry: MergeGeometry, device: int):
         self._device = device
         self._runtime = jit_device.require_cupy().cuda.runtime
-        quads = geometry.head_dim // 4
-        parts = max(1, min(-(-geometry.num_states // _AT_ONCE), _THREADS // quads))
-        rows, rows_per_cta = geometry.num_tokens * geometry.num_heads, _THREADS // (quads * parts)
+        shares = geometry.head_dim * arrays.numpy_dtype(geometry.dtype).itemsize // 16
+        # Parts decide on the order of a sum, which is the same for every dtype.
+        parts = max(1, min(-(-geometry.num_states // _AT_ONCE), _THREADS // (geometry.head_dim // 4)))
+        rows, rows_per_cta = geometry.num_tokens * geometry.num_heads, _THREADS // (shares * parts)
         natural = geometry.lse_base == "e"
         self._params = ParamBlock(
             "MergeStatesParams", _LEADING,
@@ -59,7 +61,7 @@ class PreparedMerge:
             s_unit=math.log2(math.e) if natural else 1.0,
             lse_unit=math.log(2.0) if natural else 1.0, rows=rows, rows_per_cta=rows_per_cta,
             num_states=geometry.num_states, parts=parts,
-            **divisors(team=quads * parts, quads=quads, num_heads=geometry.num_heads),
+            **divisors(team=shares * parts, shares=shares, num_heads=geometry.num_heads),
         )  # fmt: skip
         self._launch = None
         if rows:

@@ -33,7 +33,7 @@ def validate(tables: PageTables, library: Library, device: int, num_pages: int) 
         found, address = owner.empty((tables.batch,), "int32", device)
         runtime.memsetAsync(address, 0, 4 * tables.batch, stream)
         params = ParamBlock("CheckTablesParams", len(STRUCTS["CheckTablesParams"]))
-        lens, indptr, pages, _ = tables.addresses
+        lens, indptr, pages, *_ = tables.addresses
         with params.lock:
             entries = tables.pages.shape[-1]
             params.write(address, lens, indptr, pages, tables.pages.stride, entries, tables.page_size, num_pages)

@@ -93,7 +93,7 @@ class DecodeSpec:
 
     @property
     def threads(self) -> int:
-        return 32 * (self.warps + bool(self.stages))
+        return 32 * (self.warps + (self.stages > 0) + (3 if self.schedule == "even" else 0))  # who feeds, who merges
 
     @property
     def turn_rows(self) -> int:
@@ -126,8 +126,10 @@ class DecodeSpec:
         tile = self.warps * 8 * (20 * min(steps, 8) + 4) * 4
         most = 84_000 if self.ctas_per_sm == 1 else 64_000 // self.ctas_per_sm
         tiles = self.column_tiles if self.column_tiles * tile <= most else 1
-        queue = 512 if self.schedule == "even" else 0  # attention/work_queue.cuh
-        return query + states + tiles * tile + queue
+        # attention/work_queue.cuh: works with their queries in 16 bits, and two that have parts.
+        slots = 4 if self.column_tiles == 1 else 2
+        queue = slots * (96 + self.heads * 8 * self.column_tiles * self.head_dim * 2) + 2 * 72
+        return query + states + tiles * tile + (queue if self.schedule == "even" else 0)
 
     def source(self) -> str:
         position_header, position = POSITION_MODES[self.position]
@@ -288,6 +290,11 @@ class AppendSpec:
         if not self.values:
             return f"append[bytes={KV_FORMATS[self.stored].itemsize}]"
         return f"append[values={self.values} cache={self.stored}{' software_fp8' if self.software_fp8 else ''}]"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element that comes in."""
+        return {"float32": 4, "": KV_FORMATS[self.stored].itemsize}.get(self.values, 2)
 
     @classmethod
     def copying(cls, itemsize: int) -> AppendSpec:

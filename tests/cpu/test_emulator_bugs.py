@@ -32,7 +32,6 @@ LONG = dataclasses.replace(TAIL, kv_len=900, lens=(900, 500), sharpness=20.0)
 NATURAL = dataclasses.replace(TAIL, lse_base="e")
 WIDE = dataclasses.replace(TAIL, head_dim=256)
 RINGED = dataclasses.replace(TAIL, kv_len=700, batch=1, lens=(690,), view="contiguous", seed=6)
-NARROW_SPLIT = dataclasses.replace(SPLIT, head_dim=16)
 
 
 def quantize(granularity):
@@ -75,6 +74,15 @@ def many_merges(machine):
     with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
         patch.setattr(cuda, "_MERGES_PER_SM", 1)
         run(machine, NAMED["equal"])
+
+
+def merges_of_many_parts(machine):
+    """The same of more parts than a chunk, which threads share."""
+    with pytest.MonkeyPatch.context() as patch, lists_everywhere(patch):
+        patch.setattr(cuda, "_MERGES_PER_SM", 1)
+        few = dataclasses.replace(emulator.HOPPER, sm_count=20)
+        patch.setattr(cuda, "device_info", lambda index: few)
+        run(machine, Case(group=8, num_kv_heads=4, batch=2, kv_len=2000, kv_lens="device", lens=(2000, 5), seed=4))
 
 
 def list_of_lens(machine):
@@ -121,8 +129,8 @@ BUGS = [
         "mask = 8; mask < 32; mask *= 2) state",
     ),
     Bug(
-        "a sum merged without its factor", (PLAIN,), "attention/parts.cuh", "states[i].sum * factor;",
-        "states[i].sum;", SPLIT,
+        "a sum merged without its factor", (PLAIN,), "attention/parts.cuh", "given[i].state.sum, factor);",
+        "given[i].state.sum, 1.0f);", SPLIT,
     ),
     Bug(
         "the wrong query heads", (PLAIN,), "attention/query_rows.cuh",
@@ -191,12 +199,12 @@ BUGS = [
         "shared memory past its end", (ADDRESS,), "attention/query.cuh", "* kTerms + i) * 32]", "* kTerms + i) * 33]",
     ),
     Bug(
-        "a static shared array too small", (ADDRESS,), "attention/parts.cuh", "states[THREADS / 4];",
-        "states[THREADS / 8];", NARROW_SPLIT, "out of bounds for type 'SoftmaxState",
+        "a static shared array too small", (ADDRESS,), "attention/parts.cuh", "SoftmaxState states[THREADS];",
+        "SoftmaxState states[THREADS / 8];", SPLIT, "out of bounds for type 'SoftmaxState",
     ),
     Bug(
         "a partial result read that nobody uses", (ADDRESS,), "attention/parts.cuh",
-        "if (part < parts.count) {", "if (true) {", SPLIT, "use-after-poison",
+        "if (first + i < parts.count) raw", "if (true) raw", SPLIT, "use-after-poison",
     ),
     Bug(
         "a scale too many", (ADDRESS,), "quantize.cu", "if (i < p.scale_count)", "if (i <= p.scale_count)",
@@ -317,11 +325,11 @@ BUGS = [
     ),
     Bug(
         "no barrier in the merge", (THREAD,), "attention/parts.cuh",
-        "        ptx::sync_first<THREADS>();\n        if (group", "        if (group", SPLIT,
+        "            ptx::sync_first<THREADS>();\n            for (int other", "            for (int other", SPLIT,
     ),
     Bug(
         "no barrier between merges", (THREAD,), "merge.cu",
-        "        ptx::sync_threads();  // shared memory is used again\n", "", many_merges,
+        "        ptx::sync_threads();  // shared memory is used again\n", "", merges_of_many_parts,
     ),
     Bug("a merge that stops early", (PLAIN,), "merge.cu", "index += gridDim.x", "index += most", many_merges),
     Bug(

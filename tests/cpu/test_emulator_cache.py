@@ -1,4 +1,4 @@
-"""Kernels beside decode, executed on the CPU: merging states, appending, copying pages, gathering; and planted bugs.
+"""Kernels beside decode, executed on the CPU: merging states, copying pages, gathering; and planted bugs.
 
 With sanitizers, too: ``python tests/emulator address`` and ``thread``.
 """
@@ -7,9 +7,6 @@ import emulator
 import numpy as np
 import oracle
 import pytest
-from appends import Case as AppendCase
-from appends import build as build_append
-from appends import pairwise_cases, random_case
 from emulator.bugs import ADDRESS, MODE, PLAIN, THREAD, Bug, each_of_this_mode, noticed
 from emulator.checks import move
 from merges import check, merged, specials, states
@@ -22,8 +19,6 @@ from test_page_moves import check_copy, check_gather, host_bits, pairs
 
 import cupy_fp8kv
 from cupy_fp8kv import (
-    AppendCounters,
-    append_padded_kv_cache,
     append_paged_kv_cache,
     arrays,
     copy_pages,
@@ -32,12 +27,8 @@ from cupy_fp8kv import (
     merge_state_in_place,
     merge_states,
 )
-from cupy_fp8kv.formats import FP8_FORMATS, KV_FORMATS
-from cupy_fp8kv.jit import spec as jit_spec
+from cupy_fp8kv.formats import KV_FORMATS
 
-#: Sanitizers take longer, and see what they see in a few cases too.
-STEP = 6 if emulator.toolchain.current().sanitized else 1
-CASES = [*pairwise_cases()[::2], *(random_case(seed) for seed in range(0, 40, 4))][::STEP]
 EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 EACH_MOVE = pytest.mark.parametrize("case", MOVES, ids=str)
 
@@ -128,88 +119,6 @@ def test_merging_of_what_decode_gave(emulate):
     want = decode(q, k, v, backend="numpy")
     np.testing.assert_allclose(np.asarray(out).astype(float), want[0].astype(float), atol=2e-3)
     np.testing.assert_allclose(np.asarray(lse), want[1], atol=1e-4)
-
-
-# Appending
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_append(emulate, case):
-    problem = build_append(case).to(move)
-    problem.call()
-    problem.check()
-
-
-@pytest.mark.parametrize("fmt", FP8_FORMATS)
-@pytest.mark.parametrize("software", [False, True], ids=["hardware", "integer"])
-def test_append_saturates_as_quantize_does(emulate, monkeypatch, fmt, software):
-    """All 65536 fp16 values."""
-    original = jit_spec.AppendSpec
-    monkeypatch.setattr("cupy_fp8kv.append_checks.AppendSpec", lambda *a: original(*a, software_fp8=software))
-    halves = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 1, 256)
-    cache = move(np.zeros((256, 2, 1, 1, 256), np.uint8))
-    tables = list(range(256)), list(range(257)), [1] * 256
-    append_paged_kv_cache(move(halves), move(halves), list(range(257)), cache, *tables, kv_format=fmt)
-    want = cupy_fp8kv.quantize(halves, fmt, 1.0)[0].view(np.uint8)
-    assert (np.asarray(cache)[:, 0, 0] == want).all() and (np.asarray(cache)[:, 1, 0] == want).all()
-
-
-@pytest.mark.parametrize("order", [0, 2])
-def test_append_in_any_order(emulate, monkeypatch, order):
-    monkeypatch.setattr(emulate, "seed", order)
-    problem = build_append(
-        AppendCase(values="bf16", scales="token", counters=True, num_kv_heads=3, tables="device")
-    ).to(move)
-    problem.call()
-    problem.check()
-
-
-def test_append_skips_what_device_tables_put_outside(emulate):
-    """Every way in which a table can be wrong: nothing is written anywhere, and the tokens are counted."""
-    int32 = lambda *values: move(np.array(values, np.int32))  # noqa: E731
-    before = np.full((3, 2, 4, 2, 16), 9, np.uint8)
-    x = move(np.ones((2, 2, 16), np.float16))
-    good = {"kv_indices": int32(2), "kv_indptr": int32(0, 1), "kv_last_page_len": int32(2)}
-    ranges = {"append_indptr": int32(0, 2)}
-    places = {"batch_indices": int32(0, 0), "positions": int32(0, 1)}
-    bad = [
-        ranges | {"kv_indices": int32(3)}, ranges | {"kv_indices": int32(-1)}, ranges | {"kv_last_page_len": int32(-9)},
-        ranges | {"kv_indptr": int32(1, 2)}, ranges | {"kv_indptr": int32(-1, 0)}, ranges | {"kv_indptr": int32(0, 0)},
-        ranges | {"kv_last_page_len": int32(9)}, {"append_indptr": int32(2, 4)}, {"append_indptr": int32(0, 0)},
-        places | {"batch_indices": int32(1, -1)}, places | {"positions": int32(-1, 4)},
-        places | {"positions": int32(2**31 - 1, -(2**31))},
-    ]  # fmt: skip
-    for changes in bad:
-        cache = move(before)
-        counters = AppendCounters(2, cache)
-        append_paged_kv_cache(append_key=x, append_value=x, paged_kv_cache=cache, counters=counters, **(good | changes))
-        assert (np.asarray(cache) == before).all() and counters.skipped.tolist() == [2], changes
-        assert not counters.amax.any()
-    padded = move(before[:, 0]), move(before[:, 1])
-    counters = AppendCounters(2, padded)
-    append_padded_kv_cache(move(np.ones((3, 2, 16), np.float16)), move(np.ones((3, 2, 16), np.float16)), None, *padded,
-                           int32(0, 5, 4), counters=counters)  # fmt: skip
-    assert counters.skipped.tolist() == [2] and (np.asarray(padded[0])[:2] == 9).all()
-    assert (np.asarray(padded[0])[2, 3] != 9).all() and (np.asarray(padded[0])[2, :3] == 9).all()
-
-
-def test_one_launch_for_both_sides_and_two_if_they_differ(emulate):
-    for v, launches in (("e4m3", 1), ("f16", 2)):
-        before = len(emulate.launches)
-        problem = build_append(AppendCase(v=v, together=False, counters=True)).to(move)
-        problem.call()
-        problem.check()
-        assert len(emulate.launches) == before + launches
-
-
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
-def test_append_of_host_arrays(emulate, monkeypatch, case):
-    monkeypatch.setattr(arrays, "cupy_library", lambda: emulator.library)
-    problem = build_append(case)
-    before = len(emulate.launches)
-    problem.call(backend="cuda")
-    assert len(emulate.launches) > before
-    problem.check()
 
 
 # Pages
@@ -307,15 +216,6 @@ def check_in_place(machine):
     check(*given[:2], *merged(v, s), "float16")
 
 
-def check_append(**changes):
-    def run_case(machine):
-        problem = build_append(AppendCase(**changes)).to(move)
-        problem.call()
-        problem.check()
-
-    return run_case
-
-
 def check_pages(machine):
     pool = build_pool(MoveCase(page_size=5, layout="HND")).to(move)
     check_gather(pool, (pool.indptr, pool.indices, pool.last), 53)
@@ -328,7 +228,7 @@ def check_last_request(machine):
 
 
 BUGS = [
-    Bug("an empty state counts", (PLAIN,), "merge_states.cu", "if (log2_sum != negative_infinity())", "if (true)",
+    Bug("an empty state counts", (PLAIN,), "merge_states.cu", " && log2_sum != negative_infinity();", ";",
         check_merge),
     Bug("states of one group only", (PLAIN,), "merge_states.cu", "        p.parts, [&](int i)", "        1, [&](int i)",
         check_merge),
@@ -336,21 +236,8 @@ BUGS = [
         check_merge),
     Bug("no barrier before a merged state is written", (THREAD,), "merge_states.cu", "    ptx::sync_threads();\n", "",
         check_in_place),
-    Bug("the wrong slot", (PLAIN,), "append.cu", "static_cast<int>(position % p.page_size)}",
-        "static_cast<int>((position + 1) % p.page_size)}", check_append()),
-    Bug("the wrong request", (PLAIN,), "append.cu", "<= token) low = middle;", "< token) low = middle;",
-        check_append()),
-    Bug("a scale of another head", (PLAIN,), "append.cu", "side.scale_stride, head)", "side.scale_stride, 0)",
-        check_append(scales="head")),
-    Bug("a maximum of some lanes", (PLAIN,), "append.cu", "mask = p.lanes / 2; mask", "mask = p.lanes / 4; mask",
-        check_append(scales="token")),
-    Bug("a maximum that forgets its head", (PLAIN,), "append.cu", "if (other != head) flush();", "",
-        check_append(counters=True, num_kv_heads=300, before=(0,), new=(20,), head_dim=16)),
-    Bug("values too large that nobody counts", (PLAIN,), "append.cu", "magnitude <= 0x7f800000u;",
-        "magnitude < 0x7f800000u;", check_append(counters=True)),
-    Bug("values past the end of a row", (PLAIN, ADDRESS), "append.cu",
-        "Writer::load(values + d * Writer::kBytes);\n            const float4 stored",
-        "Writer::load(values + (d + 4) * Writer::kBytes);\n            const float4 stored", check_append()),
+    Bug("a share of a state twice", (PLAIN,), "merge_states.cu", "p.v_stride_head + 16 * share)",
+        "p.v_stride_head + 16 * (share / 2))", check_merge),
     Bug("a row too many gathered", (PLAIN,), "pages.cu", "at.row < rows ?", "at.row <= rows ?", check_pages),
     Bug("strides of K for V", (PLAIN,), "pages.cu", "of_k ? p.k_out_stride_head : p.v_out_stride_head",
         "of_k ? p.v_out_stride_head : p.k_stride_head", check_pages),

@@ -26,7 +26,7 @@ def test_host_bodies_are_numpys(emulate, function):
 
 #: They copy what a tensor map describes, which the driver makes: the ring's tests hold them against the oracle, here
 #: and on a GPU.
-NEED_A_MAP = {"copy_box", "barrier_arrive_expecting", "prefetch_tensor_map"}
+NEED_A_MAP = {"copy_box", "copy_bytes", "barrier_arrive_expecting", "prefetch_tensor_map", "prefetch_box"}
 
 
 def declared(text):

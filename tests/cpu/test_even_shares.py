@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from cases import H100, Case
 from even import random_shares
@@ -23,8 +24,22 @@ LENS = st.one_of(
 )
 
 
+def unit_of(lens, window_left, box_rows, request_boxes, paged):
+    """Rows of a unit of the line: each of 32 lanes sums up neighbouring requests, and no sum has 27 bits."""
+    begins = [kv_len - visible_rows(kv_len, window_left) for kv_len in lens]
+    rows = [n - (begin // box_rows * box_rows if paged else begin) for n, begin in zip(lens, begins, strict=True)]
+    each = -(-len(rows) // 32)
+
+    def fits(unit):
+        weights = [max(1, -(-n // unit)) + request_boxes for n in rows] + [0] * (32 * each - len(rows))
+        return max(np.array(weights, np.int64).reshape(32, each).sum(1)) < 2**26
+
+    return next(unit for unit in (box_rows << shift for shift in itertools.count()) if fits(unit))
+
+
 def check_shares(lens, window_left, box_rows, count, least_boxes, request_boxes, paged):
     """Everything that decode.cu and merge.cu rely on."""
+    unit = unit_of(lens, window_left, box_rows, request_boxes, paged)
     found = even_shares(
         lens, window_left=window_left, box_rows=box_rows, shares=count, least_boxes=least_boxes,
         request_boxes=request_boxes, paged=paged,
@@ -47,7 +62,7 @@ def check_shares(lens, window_left, box_rows, count, least_boxes, request_boxes,
         assert all(a.end == b.begin for a, b in itertools.pairwise(of_request))
         assert all(part.begin < part.end for part in of_request) or len(of_request) == 1
         first_row = begin // box_rows * box_rows if paged else begin
-        assert all((part.begin - first_row) % box_rows == 0 for part in of_request[1:])
+        assert all((part.begin - first_row) % unit == 0 for part in of_request[1:])
 
     # Partial results: slots of their own, and as EvenSchedule::parts finds them.
     partial = [part.slot for of_share in found for part in of_share if not part.is_whole]
@@ -62,15 +77,16 @@ def check_shares(lens, window_left, box_rows, count, least_boxes, request_boxes,
             ]
     assert sum(len(of_request) > 1 for of_request in parts.values()) <= count - 1
 
-    # Shares of one weight, to a box; what a request costs beside its boxes may lie on either side of a cut.
+    # Shares of one weight, to a unit; what a request costs beside its units may lie on either side of a cut.
     weights = [
         sum(
-            max(1, -(-(part.end - (part.begin // box_rows * box_rows if paged else part.begin)) // box_rows))
+            max(1, -(-(part.end - (part.begin // box_rows * box_rows if paged else part.begin)) // unit))
             for part in of_share
         )
         for of_share in found
     ]  # fmt: skip
     length = sum(weights) + request_boxes * len(lens)
+    assert length < 2**31
     used = max(1, min(length // least_boxes, count))
     assert all(not of_share for of_share in found[used:])
     longest = -(-length // used)
@@ -87,6 +103,9 @@ def check_shares(lens, window_left, box_rows, count, least_boxes, request_boxes,
 )  # fmt: skip
 @example([131_072] + [512] * 63, -1, 32, 132, 8, 4, False)
 @example([2**31 - 2**24] * 5, -1, 16, 16, 2, 8, True)
+@example([2**31 - 2**24] * 90 + [0, 1, 31, 2**30], 2**31 - 2**25, 8, 140, 16, 16, True)
+@example([2**31 - 1] * 3000, -1, 32, 132, 8, 4, True)
+@example([2**31 - 2**24] + [5] * 31, -1, 32, 132, 8, 4, False)
 @example([0] * 5, -1, 128, 132, 2, 1, False)
 def test_every_share(lens, window_left, box_rows, count, least_boxes, request_boxes, paged):
     check_shares(lens, window_left, box_rows, count, least_boxes, request_boxes, paged)
@@ -127,7 +146,7 @@ def test_every_plan_of_equal_shares(problem, device):
     assert rows >= LEAST_BOX_ROWS and rows & (rows - 1) == 0 and spec.turn_rows % rows == 0
     assert not problem.paging or problem.paging.page_size % rows == 0
     assert plan.workspace <= MAX_WORKSPACE and not plan.workspace_list
-    assert plan.by_lengths and plan.most_merges(problem.batch) == (0 if plan.workspace_tags else plan.shares - 1)
+    assert plan.by_lengths and plan.most_merges(problem.batch) == (0 if plan.merges_inside else plan.shares - 1)
     assert "lengths decide" in plan.reason
 
 
@@ -168,8 +187,8 @@ def test_partial_results_of_many_heads_do_not_exceed_the_workspace():
     assert 0.9 * MAX_WORKSPACE < plan.workspace <= MAX_WORKSPACE and plan.shares < 700
 
 
-def test_boxes_of_pages_are_as_long_as_pages_allow():
-    for page_size, rows in ((8, 8), (24, 8), (16, 16), (48, 16), (80, 16), (96, 32), (64, 64), (512, 128)):
+def test_boxes_are_as_long_as_pages_allow_and_no_longer_than_those_of_padded_caches():
+    for page_size, rows in ((8, 8), (24, 8), (16, 16), (48, 16), (80, 16), (96, 32), (64, 32), (512, 32)):
         problem = dataclasses.replace(ragged(64, 16_384), paging=Paging(page_size, 4096, 16_384, 0))
         plan = plan_decode(problem, H100)
         assert plan.spec.schedule == "even" and box_rows(problem, plan.spec) == rows

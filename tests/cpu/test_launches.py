@@ -97,10 +97,10 @@ def test_values_that_cannot_be_packed_are_not_taken_for_those_in_the_block(emula
     want = np.array(decode(*views))
     (prepared,) = dispatch._prepared.values()
     rest = prepared.default_rest
-    assert rest[7] == prepared.default_scale
+    assert rest[8] == prepared.default_scale
     addresses = [0, 0, 1.0, *(view.ctypes.data for view in views)]
     with pytest.raises(Exception, match="required argument is not"):
-        prepared.kernels.run(emulator.library, *addresses, (*rest[:7], 9.0, *rest[8:-1], "not a number"))
+        prepared.kernels.run(emulator.library, *addresses, (*rest[:8], 9.0, *rest[9:-1], "not a number"))
     assert not prepared.kernels._idle, "a call that failed half written is not made again"
     assert np.array_equal(decode(*views), want)
 

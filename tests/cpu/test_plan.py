@@ -127,7 +127,8 @@ def test_every_plan(problem, device):
     assert spec.soft_cap == problem.soft_cap and spec.position == problem.position and not spec.software_fp8
     assert spec.layout == problem.layout
     assert spec.source() in {one.source() for one in specs(problem, device.arch, device.shared_per_block)}
-    assert spec.threads == 32 * (spec.warps + (spec.stages > 0)) <= 1024 and spec.warps >= 1
+    merging = 3 if plan.shares else 0
+    assert spec.threads == 32 * (spec.warps + (spec.stages > 0) + merging) <= 1024 and spec.warps >= 1
 
     # One wave wherever splitting is what fills the device.
     if plan.splits > 1 and pieces < 2 * device.sm_count:
@@ -149,16 +150,16 @@ def test_every_plan(problem, device):
     if plan.shares > 1:
         assert plan.splits == plan.column_blocks == 1 and plan.spec.stages
         parts = 2 * plan.shares * problem.num_qo_heads
-        tags = 8 * 2 * plan.shares * (problem.num_kv_heads // spec.heads)
-        assert plan.workspace_tags in (0, tags) and plan.workspace_tags % 16 == 0
         # A thread of the last CTA does not read many parts one after the other.
         tasks = spec.heads * problem.group_size * problem.head_dim // 4
-        assert not plan.workspace_tags or plan.shares / max(1, 32 * spec.warps // tasks) <= 24
-        assert plan.workspace_tags or plan.most_merges(problem.batch) == plan.shares - 1
+        assert not plan.merges_inside or plan.shares / max(1, 32 * spec.warps // tasks) <= 24
+        assert plan.merges_inside or plan.most_merges(problem.batch) == plan.shares - 1
     else:
-        assert plan.workspace_tags == 0
-    assert plan.workspace_out == parts * problem.head_dim * 4 and plan.workspace_state == parts * 8
-    assert plan.workspace == plan.workspace_out + plan.workspace_state + plan.workspace_list + plan.workspace_tags
+        assert not plan.merges_inside
+    # What CTAs tell each other has a tag beside each number, and a state for four of them.
+    floats, states = (12, 0) if plan.merges_inside else (4, 8)
+    assert plan.workspace_out == parts * problem.head_dim * floats and plan.workspace_state == parts * states
+    assert plan.workspace == plan.workspace_out + plan.workspace_state + plan.workspace_list
     assert plan.workspace_out % 16 == 0
 
     assert plan.reason and plan_decode(problem, device) == plan

@@ -35,6 +35,11 @@ DEVICE uint2 load_8(const void* src, CALL_SITE) {
     return v;
 }
 
+DEVICE void load_16(u32 (&v)[4], const void* src, CALL_SITE) {
+    emulator::check_read(src, 16, at);
+    memcpy(v, src, 16);
+}
+
 DEVICE float2 load_fresh_8(const float* src, CALL_SITE) {
     emulator::check_read(src, 8, at);
     return {src[0], src[1]};
@@ -44,8 +49,16 @@ DEVICE float4 load_fresh_16(const float* src, CALL_SITE) {
     return {src[0], src[1], src[2], src[3]};
 }
 // Stronger than the instructions, so that no fence is needed, which ThreadSanitizer does not know.
-DEVICE void store_tag(u64* address, u64 tag) { __atomic_store_n(address, tag, __ATOMIC_SEQ_CST); }
-DEVICE u64 load_tag(const u64* address) { return __atomic_load_n(address, __ATOMIC_SEQ_CST); }
+DEVICE void store_words(u64* to, u64 first, u64 second, CALL_SITE) {
+    if (reinterpret_cast<u64>(to) % 16) emulator::fail("a misaligned store", at);
+    __atomic_store_n(to, first, __ATOMIC_SEQ_CST);
+    __atomic_store_n(to + 1, second, __ATOMIC_SEQ_CST);
+}
+DEVICE void load_words(const u64* from, u64& first, u64& second, CALL_SITE) {
+    if (reinterpret_cast<u64>(from) % 16) emulator::fail("a misaligned load", at);
+    first = __atomic_load_n(from, __ATOMIC_SEQ_CST);
+    second = __atomic_load_n(from + 1, __ATOMIC_SEQ_CST);
+}
 DEVICE void fence_device() {}
 
 // ---------------------------------------------------------------------------------------------- shared memory
@@ -68,6 +81,11 @@ DEVICE void prefetch_tensor_map(const TensorMap*) {}
 DEVICE void copy_box(u8* dst, const TensorMap* map, int c0, int c1, int c2, int c3, int c4, u64* barrier, CALL_SITE) {
     emulator::copy_box(dst, map, {c0, c1, c2, c3, c4}, barrier, at);
 }
+
+DEVICE void copy_bytes(u8* dst, const u8* src, int bytes, u64* barrier, CALL_SITE) {
+    emulator::copy_bytes(dst, src, bytes, barrier, at);
+}
+DEVICE void prefetch_box(const TensorMap*, int, int, int, int, int) {}
 
 // ---------------------------------------------------------------------------------------------- tensor cores
 DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, CALL_SITE) {
@@ -99,6 +117,9 @@ DEVICE float exp2(float x) { return numbers::flushed(::exp2f(numbers::flushed(x)
 DEVICE float log2(float x) { return ::log2f(x); }
 // Kernels are compiled with -ftz=true.
 DEVICE float divide(float a, float b) { return numbers::flushed(numbers::flushed(a) / numbers::flushed(b)); }
+DEVICE float multiply_add(float a, float b, float c) {
+    return numbers::flushed(__builtin_fmaf(numbers::flushed(a), numbers::flushed(b), numbers::flushed(c)));
+}
 
 DEVICE u32 float_bits(float x) { return numbers::float_bits(x); }
 DEVICE float bits_float(u32 x) { return numbers::bits_float(x); }

@@ -105,10 +105,13 @@ struct BoxMap {
     unsigned swizzle_bytes;         // length of the lines whose 16-byte chunks are exchanged, or 0
 };
 
+// Of a box, or without a map of `bytes` in one piece.
 struct Copy {
     unsigned char* dst;
     const BoxMap* map;
     int first[5];
+    const unsigned char* from;
+    unsigned bytes;
 };
 
 // The generation of the point is the number of phases that have ended. Copies lie in an array, because TSan would see
@@ -260,23 +263,27 @@ void say_deadlock() {
              second->point->operation, second->point->site.file, second->point->site.line);
 }
 
-unsigned next_random(unsigned below) {
-    unsigned& order = cta->run.order;
+unsigned next_random(unsigned& order, unsigned below) {
     order = order * 1664525u + 1013904223u;
     return (order >> 8) % below;
+}
+
+void shuffle(std::vector<unsigned>& turn, unsigned& order) {
+    for (size_t i = turn.size(); i > 1; i--) std::swap(turn[i - 1], turn[next_random(order, static_cast<unsigned>(i))]);
 }
 
 void schedule() {
     const unsigned threads = static_cast<unsigned>(cta->fibers.size()), warps = threads / 32;
     const bool shuffled = cta->run.launch.order != 0;
+    unsigned& order = cta->run.order;
     std::vector<unsigned> turn(warps);
     for (unsigned i = 0; i < warps; i++) turn[i] = i;
     while (cta->alive && !cta->run.error[0]) {
         bool progress = false;
         // Each round in another order of warps, each warp from another lane on and in another direction.
-        for (unsigned i = warps; shuffled && i > 1; i--) std::swap(turn[i - 1], turn[next_random(i)]);
+        if (shuffled) shuffle(turn, order);
         for (unsigned warp : turn) {
-            const unsigned first = shuffled ? next_random(64) : 0;
+            const unsigned first = shuffled ? next_random(order, 64) : 0;
             for (unsigned i = 0; i < 32 && !cta->run.error[0]; i++) {
                 const unsigned lane = (first + (first < 32 ? i : 64 - i)) % 32;
                 const Fiber& fiber = cta->fibers[warp * 32 + lane];
@@ -435,6 +442,12 @@ unsigned box_bytes(const BoxMap& map) {
 
 // What nobody may read comes as NaN, whatever lies there: a box may cover it as long as nothing depends on it.
 void perform(const Copy& copy) {
+    if (!copy.map) {
+        for (unsigned byte = 0; byte < copy.bytes; byte++)
+            static_cast<volatile unsigned char*>(copy.dst)[byte] =
+                is_secret(copy.from + byte) ? 0xff : static_cast<const volatile unsigned char*>(copy.from)[byte];
+        return;
+    }
     const BoxMap& map = *copy.map;
     const unsigned lines = map.swizzle_bytes / 16;
     unsigned at = 0;
@@ -454,6 +467,20 @@ void perform(const Copy& copy) {
             *to = !inside ? 0 : is_secret(from + byte) ? 0xff : static_cast<volatile unsigned char*>(from)[byte];
         }
     }
+}
+
+void ask_for(const Copy& copy, unsigned alignment, CountingBarrier& barrier, const Site& at) {
+    const unsigned long long offset = copy.dst - shared;
+    if (copy.dst < shared || offset + copy.bytes > cta->run.launch.shared_bytes) fail("a copy out of shared memory", at);
+    if (offset % alignment) fail("a copy to a misaligned place", at);
+    if (__tsan_write_range) __tsan_write_range(copy.dst, copy.bytes);
+    release(&barrier.tokens[barrier.generation % 2]);
+    fill(copy.dst, 0xff, copy.bytes);
+    if (barrier.copy_count == static_cast<int>(sizeof barrier.copies / sizeof copy)) fail("too many copies", at);
+    barrier.copies[barrier.copy_count++] = copy;
+    // Who waits already can go and look.
+    for (Fiber& fiber : cta->fibers)
+        if (fiber.point == &barrier) fiber.generation = barrier.generation - 1;
 }
 
 }  // namespace
@@ -483,7 +510,7 @@ void barrier_wait(const void* address, unsigned parity, const Site& at) {
         for (; barrier.copy_count; barrier.copy_count--) {
             const Copy& copy = barrier.copies[barrier.copy_count - 1];
             perform(copy);
-            barrier.bytes -= box_bytes(*copy.map);
+            barrier.bytes -= copy.bytes;
         }
         if (copied) end_phase_if_complete(barrier);
         if (barrier.generation % 2 == parity) wait_at(barrier);
@@ -492,21 +519,18 @@ void barrier_wait(const void* address, unsigned parity, const Site& at) {
 }
 
 void copy_box(void* dst, const void* map, const int (&first)[5], const void* address, const Site& at) {
-    CountingBarrier& barrier = counting(address, at);
-    Copy copy = {static_cast<unsigned char*>(dst), static_cast<const BoxMap*>(map), {}};
+    const BoxMap& box = *static_cast<const BoxMap*>(map);
+    Copy copy = {static_cast<unsigned char*>(dst), &box, {}, nullptr, box_bytes(box)};
     for (int axis = 0; axis < 5; axis++) copy.first[axis] = first[axis];
-    const unsigned bytes = box_bytes(*copy.map);
-    const unsigned long long offset = copy.dst - shared;
-    if (copy.dst < shared || offset + bytes > cta->run.launch.shared_bytes) fail("a copy out of shared memory", at);
-    if (offset % (copy.map->swizzle_bytes ? 8 * copy.map->swizzle_bytes : 128)) fail("a copy to a misaligned place", at);
-    if (__tsan_write_range) __tsan_write_range(dst, bytes);
-    release(&barrier.tokens[barrier.generation % 2]);
-    fill(copy.dst, 0xff, bytes);
-    if (barrier.copy_count == static_cast<int>(sizeof barrier.copies / sizeof copy)) fail("too many copies", at);
-    barrier.copies[barrier.copy_count++] = copy;
-    // Who waits already can go and look.
-    for (Fiber& fiber : cta->fibers)
-        if (fiber.point == &barrier) fiber.generation = barrier.generation - 1;
+    ask_for(copy, box.swizzle_bytes ? 8 * box.swizzle_bytes : 128, counting(address, at), at);
+}
+
+void copy_bytes(void* dst, const void* from, int bytes, const void* address, const Site& at) {
+    if (bytes % 16 || reinterpret_cast<unsigned long long>(from) % 16) fail("a misaligned copy", at);
+    for (int byte = 0; byte < bytes; byte += 16) check_read(static_cast<const unsigned char*>(from) + byte, 16, at);
+    const Copy copy = {static_cast<unsigned char*>(dst), nullptr, {}, static_cast<const unsigned char*>(from),
+                       static_cast<unsigned>(bytes)};
+    ask_for(copy, 16, counting(address, at), at);
 }
 
 void fence() {
@@ -542,7 +566,13 @@ const char* launch(void (*entry)(void*), const Launch& launch) {
         ctas.clear();
         run.finished = 0;
     };
-    for (unsigned index = 0; index < launch.grid && !run.error[0]; index++) {
+    // Any CTA may be the last of those that share something. Not where ThreadSanitizer looks at what threads do: which
+    // races it sees depends on the order.
+    std::vector<unsigned> turn(launch.grid);
+    for (unsigned i = 0; i < launch.grid; i++) turn[i] = i;
+    if (launch.order && !__tsan_write_range) shuffle(turn, run.order);
+    for (unsigned index : turn) {
+        if (run.error[0]) break;
         ctas.emplace_back(new Cta(run, index));
         if (pthread_create(&ctas.back()->thread, nullptr, cta_main, ctas.back().get())) abort();
         wait_for(ctas.back()->state, 1);

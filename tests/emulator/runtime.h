@@ -17,10 +17,12 @@
 #define __shared__ thread_local
 
 struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct dim3 { unsigned x, y, z; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -52,6 +54,7 @@ void sync_first(int count, const Site& at);
 void barrier_init(const void* barrier, int arrivals, const Site& at);
 void barrier_arrive(const void* barrier, int bytes, const Site& at);
 void barrier_wait(const void* barrier, unsigned parity, const Site& at);
+void copy_bytes(void* dst, const void* from, int bytes, const void* barrier, const Site& at);
 void copy_box(void* dst, const void* map, const int (&first)[5], const void* barrier, const Site& at);
 
 // Operations that all 32 lanes take part in. `ALIGNED`: from the same place of the program, too.
