@@ -53,3 +53,12 @@ def noticed(folder: Path, monkeypatch: pytest.MonkeyPatch, machine: Emulator, bu
     assert "cannot compile" not in said
     assert bug.said in said
     return said
+
+
+def noticed_by_its_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, machine: Emulator, bug: Bug) -> None:
+    """The same, and by the sanitizer of the present mode, if that has one."""
+    said = noticed(folder, monkeypatch, machine, bug)
+    if MODE == THREAD:
+        assert "ThreadSanitizer: data race" in said
+    elif MODE == ADDRESS:
+        assert "AddressSanitizer" in said
